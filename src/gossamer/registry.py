@@ -1,0 +1,67 @@
+"""Names for rules: an insertion-ordered table that refuses to be overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
+
+from gossamer.errors import ArgumentError, closest
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A table of name → immutable rule, open to new names and closed to changed ones.
+
+    It holds definitions only, never anything of a run, so that two runs can share it.
+
+    Args:
+        kind: what the entries are, in the singular, for messages.
+
+    Example:
+        >>> table = Registry("colour")
+        >>> table.register("red", 1)
+        1
+        >>> table["red"]
+        1
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str, rule: T) -> T:
+        """Adds a rule under a new name and returns it.
+
+        Args:
+            name: a Python identifier that is not taken yet.
+            rule: the immutable value to find under it.
+
+        Raises:
+            ArgumentError: the name is taken, or is no identifier.
+
+        Example:
+            >>> Registry("colour").register("blue", 2)
+            2
+        """
+        if not name.isidentifier():
+            raise ArgumentError(f"{self.kind} name {name!r} is not an identifier; use letters, digits and '_'")
+        if name in self._entries:
+            raise ArgumentError(f"{self.kind} {name!r} is registered already; choose another name")
+        self._entries[name] = rule
+        return rule
+
+    def __getitem__(self, name: str) -> T:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise ArgumentError(f"unknown {self.kind} {name!r}. {closest(str(name), self._entries)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

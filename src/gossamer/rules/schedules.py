@@ -1,0 +1,239 @@
+"""How far along are we? Fraction of training → progress, both from 0 to 1."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gossamer.errors import ArgumentError
+from gossamer.registry import Registry
+
+_GRID = 101  # positions at which a schedule is tried when it is made
+_SLACK = 1e-6  # rounding that a schedule may leave [0, 1] by
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A progress curve between two fractions of training.
+
+    Before `start_pct` the progress is 0; from `start_pct` to `end_pct` it follows `func`, stretched to that
+    interval; after `end_pct` it stays at `func(1)`. The value is immutable and can serve any number of runs.
+
+    Args:
+        func: the curve. Either one argument, position in [0, 1] → progress in [0, 1], or fastai's three,
+            `(start, end, pos)`, called with start 0 and end 1.
+        start_pct: fraction of training at which the curve starts, in [0, 1).
+        end_pct: fraction of training at which it ends, in (start_pct, 1].
+        stepwise: whether the curve is flat but for a few jumps; a lottery ticket rewinds at each of them. By
+            default the curve is looked at.
+        name: what messages and plots call it; the function's own name if not given.
+
+    Raises:
+        ArgumentError: the interval is empty or outside [0, 1], the function takes another number of arguments,
+            or it gives something that is no finite number in [0, 1].
+
+    Example:
+        >>> late = Schedule(lambda pos: pos, start_pct=0.5)
+        >>> [late(p) for p in (0.25, 0.75, 1.0)]
+        [0.0, 0.5, 1.0]
+    """
+
+    func: Callable[..., Any]
+    start_pct: float = 0.0
+    end_pct: float = 1.0
+    stepwise: bool | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.func):
+            raise ArgumentError(
+                f"a schedule needs a function, got {self.func!r}; pass position → progress or a name such as 'one_cycle'"
+            )
+        for label, value in (("start_pct", self.start_pct), ("end_pct", self.end_pct)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ArgumentError(f"{label}={value!r} is not a fraction of training; use a number from 0 to 1")
+        if self.start_pct >= self.end_pct:
+            raise ArgumentError(
+                f"start_pct={self.start_pct} is not before end_pct={self.end_pct}; the schedule would have no length"
+            )
+        if not self.name:
+            own = getattr(self.func, "__name__", "") or type(self.func).__name__
+            object.__setattr__(self, "name", "custom" if own == "<lambda>" else own)
+        object.__setattr__(self, "_arity", _arity(self.func))
+        values = {self._at(i / (_GRID - 1)) for i in range(_GRID)}
+        if self.stepwise is None:
+            object.__setattr__(self, "stepwise", len(values) <= _GRID // 3)
+
+    def __call__(self, fraction: float) -> float:
+        """Progress at a fraction of training.
+
+        Args:
+            fraction: how much of training is done, in [0, 1].
+
+        Returns:
+            The progress, in [0, 1].
+
+        Raises:
+            ArgumentError: the fraction is outside [0, 1].
+
+        Example:
+            >>> lin(0.25)
+            0.25
+        """
+        if not 0 <= fraction <= 1:
+            raise ArgumentError(f"fraction of training {fraction!r} is outside [0, 1]")
+        if fraction < self.start_pct:
+            return 0.0
+        return self._at(min(1.0, (fraction - self.start_pct) / (self.end_pct - self.start_pct)))
+
+    def between(self, start_pct: float, end_pct: float) -> Schedule:
+        """The same curve over another part of training.
+
+        Example:
+            >>> cos.between(0.5, 1.0)(0.5)
+            0.0
+        """
+        return replace(self, start_pct=start_pct, end_pct=end_pct)
+
+    def _at(self, pos: float) -> float:
+        arity: int = object.__getattribute__(self, "_arity")
+        value = self.func(pos) if arity == 1 else self.func(0.0, 1.0, pos)
+        try:
+            progress = float(value)
+        except (TypeError, ValueError):
+            raise ArgumentError(
+                f"schedule {self.name!r} gives {value!r} at position {pos:g}; it must give one number from 0 to 1"
+            ) from None
+        if not -_SLACK <= progress <= 1 + _SLACK:  # false for nan too
+            raise ArgumentError(
+                f"schedule {self.name!r} gives {progress:g} at position {pos:g}; progress runs from 0 to 1 and is "
+                "multiplied with the target sparsity"
+            )
+        return min(1.0, max(0.0, progress))
+
+
+def _arity(func: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is p.empty for p in positional)
+    if required <= 1 and (positional or any(p.kind is p.VAR_POSITIONAL for p in parameters)):
+        return 1
+    if required == 3:
+        return 3
+    raise ArgumentError(
+        f"schedule function {getattr(func, '__name__', func)!r} takes {required} arguments; it must take one (pos) or "
+        "three (start, end, pos); an annealer factory must be called first, as in SchedCos(0, 1)"
+    )
+
+
+SCHEDULES: Registry[Schedule] = Registry("schedule")
+
+
+def as_schedule(schedule: Schedule | str | Callable[..., Any]) -> Schedule:
+    """A schedule from whatever a user may give: a schedule, a registered name or a plain function.
+
+    Args:
+        schedule: the value given.
+
+    Raises:
+        ArgumentError: the name is unknown, or the function is no schedule (see `Schedule`).
+
+    Example:
+        >>> as_schedule("cos") is cos
+        True
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, str):
+        return SCHEDULES[schedule]
+    return Schedule(schedule)
+
+
+def _register(name: str, func: Callable[[float], float], start_pct: float = 0.0) -> Schedule:
+    return SCHEDULES.register(name, Schedule(func, start_pct=start_pct, name=name))
+
+
+def sched_one_shot(pos: float) -> float:
+    """All at once: 1 from the first moment.
+
+    Example:
+        >>> sched_one_shot(0.0)
+        1.0
+    """
+    del pos
+    return 1.0
+
+
+def sched_iterative(pos: float, n_steps: int = 3) -> float:
+    """Equal steps: ceil(n·pos) / n, as iterative pruning does (Han et al. 2015, arXiv:1506.02626).
+
+    Example:
+        >>> [round(sched_iterative(p), 2) for p in (0.0, 0.2, 0.5, 1.0)]
+        [0.0, 0.33, 0.67, 1.0]
+    """
+    return math.ceil(pos * n_steps - 1e-9) / n_steps
+
+
+def sched_agp(pos: float) -> float:
+    """Fast, then slower: 1 - (1 - pos)³ (automated gradual pruning, Zhu & Gupta 2017, arXiv:1710.01878).
+
+    Example:
+        >>> sched_agp(0.5)
+        0.875
+    """
+    return 1 - (1 - pos) ** 3
+
+
+def sched_onecycle(pos: float, alpha: float = 14.0, beta: float = 6.0) -> float:
+    """Slow, fast, slow: (1 + e^(-α+β)) / (1 + e^(-α·pos+β)), a logistic curve (Hubens et al. 2021, arXiv:2107.02086).
+
+    Example:
+        >>> [round(50 * sched_onecycle(p), 2) for p in (0.2, 0.4, 0.6, 0.8, 1.0)]
+        [1.96, 20.07, 45.86, 49.74, 50.0]
+    """
+    return (1 + math.exp(-alpha + beta)) / (1 + math.exp(-alpha * pos + beta))
+
+
+def sched_cosine(pos: float) -> float:
+    """Half a cosine wave: (1 - cos(π·pos)) / 2.
+
+    Example:
+        >>> sched_cosine(1.0)
+        1.0
+    """
+    return (1 - math.cos(math.pi * pos)) / 2
+
+
+def sched_linear(pos: float) -> float:
+    """A straight line.
+
+    Example:
+        >>> sched_linear(0.3)
+        0.3
+    """
+    return pos
+
+
+def sched_dsd(pos: float) -> float:
+    """Dense, sparse, dense: half a cosine up, half a cosine down (Han et al. 2017, arXiv:1607.04381).
+
+    Example:
+        >>> [round(sched_dsd(p), 2) for p in (0.0, 0.5, 1.0)]
+        [0.0, 1.0, 0.0]
+    """
+    return (1 - math.cos(2 * math.pi * pos)) / 2
+
+
+one_shot = _register("one_shot", sched_one_shot, start_pct=0.5)
+iterative = _register("iterative", sched_iterative, start_pct=0.2)
+agp = _register("agp", sched_agp, start_pct=0.2)
+one_cycle = _register("one_cycle", sched_onecycle)
+cos = _register("cos", sched_cosine)
+lin = _register("lin", sched_linear)
+dsd = _register("dsd", sched_dsd)

@@ -1,0 +1,289 @@
+"""Which units stay? Scores and a count → a mask that masks exactly that many.
+
+Masks are nested: as a layer gets sparser, what is masked stays masked, and the lowest scores of what is kept join it;
+as it gets denser, what is kept stays kept. Ties break by position, the first position first.
+
+`select` says it in a few lines and runs on any device without a copy to the host. On a CPU the same result comes from
+`survey` and `take`: counting finds a narrow bracket around the threshold, and only what lies inside is ordered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.errors import ArgumentError
+
+_CHUNK = 1 << 18  # units looked at together: small enough that a chunk's temporaries are recycled, not mapped anew
+_SAMPLE = 1 << 14
+
+
+class Scores(Protocol):
+    """Scores of a layer's units, flat; a 1-D tensor is one, and so is something that computes slices when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Tensor: ...
+
+
+def select(scores: Tensor, kept: Tensor, masked: int | Tensor) -> Tensor:
+    """The mask that masks exactly so many units, nested in (or around) the mask that there is.
+
+    Args:
+        scores: one a unit, any shape, floating, no nan; the lowest go first.
+        kept: bool of the same shape, the mask that there is.
+        masked: how many units the new mask masks; an int, or a 0-d tensor on the same device.
+
+    Returns:
+        bool of the same shape, True = kept.
+
+    Example:
+        >>> select(torch.tensor([3.0, 1.0, 1.0, 2.0]), torch.ones(4, dtype=torch.bool), 1).tolist()
+        [True, False, True, True]
+    """
+    flat, keep = scores.reshape(-1), kept.reshape(-1)
+    rank = torch.empty_like(keep, dtype=torch.int64)
+    rank[torch.argsort(nest(flat, keep, grows(keep, masked)), stable=True)] = torch.arange(len(flat), device=flat.device)
+    return (rank >= masked).view(kept.shape)
+
+
+def nest(scores: Tensor, kept: Tensor, grows: bool | Tensor) -> Tensor:
+    """Scores whose lowest units form a nested mask.
+
+    What is masked gets -inf where the mask grows, what is kept gets +inf where it shrinks; every other score is finite.
+
+    Args:
+        scores: flat, one a unit.
+        kept: bool, flat.
+        grows: whether the new mask masks at least as many units; a bool, or a 0-d tensor on the same device.
+
+    Returns:
+        Scores of the same shape.
+
+    Example:
+        >>> nest(torch.tensor([3.0, 1.0]), torch.tensor([False, True]), True).tolist()
+        [-inf, 1.0]
+    """
+    bound = torch.finfo(scores.dtype).max
+    finite = scores.clamp(-bound, bound)
+    # Kept units stand out where the mask shrinks, masked ones where it grows.
+    outside = torch.where(kept, math.inf, -math.inf).to(scores.dtype)
+    return torch.where(kept == grows, finite, outside)
+
+
+def grows(kept: Tensor, masked: int | Tensor) -> Tensor:
+    """Whether a mask of `masked` units masks at least as many as there are now; a 0-d bool on the mask's device.
+
+    Example:
+        >>> bool(grows(torch.tensor([True, False]), 1))
+        True
+    """
+    return kept.numel() - kept.sum() <= masked
+
+
+def select_n_m(scores: Tensor, kept: Tensor, masked: int, m: int) -> Tensor:
+    """The mask that masks exactly so many units, spread evenly over blocks of m.
+
+    Every block masks `masked // blocks` of its units, and the blocks whose next score is lowest one more.
+
+    Args:
+        scores: one a unit; consecutive units of the last axis form blocks.
+        kept: bool of the same shape, the mask that there is.
+        masked: how many units the new mask masks.
+        m: units in a block; divides the length of the last axis.
+
+    Returns:
+        bool of the same shape, True = kept.
+
+    Example:
+        >>> select_n_m(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4, dtype=torch.bool), 2, 4).tolist()
+        [[False, False, True, True]]
+    """
+    nested = nest(scores.reshape(-1), kept.reshape(-1), grows(kept, masked)).view(-1, m)
+    base, extra = divmod(masked, nested.shape[0])
+    rank = torch.zeros_like(nested, dtype=torch.int16)
+    for j in range(m):  # m compares beat a sort of millions of short rows
+        other = nested[:, j : j + 1]
+        rank[:, :j] += other < nested[:, :j]
+        rank[:, j + 1 :] += other <= nested[:, j + 1 :]
+    keep = rank >= base
+    if extra:
+        at_base = rank == base  # one a block
+        next_scores = nested[at_base]
+        chosen = torch.zeros_like(next_scores, dtype=torch.bool)
+        chosen[torch.argsort(next_scores, stable=True)[:extra]] = True
+        keep[at_base] = ~chosen
+    return keep.view(kept.shape)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The units of one layer that may go, when the mask grows.
+
+    Args:
+        settled: bool, flat: units below the bracket, which surely go; None where there are none.
+        n_settled: how many these are.
+        positions: int64, increasing: units inside the bracket.
+        scores: their scores.
+        upper: the bracket's upper end.
+    """
+
+    settled: Tensor | None
+    n_settled: int
+    positions: Tensor
+    scores: Tensor
+    upper: float
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Where the threshold was, and how many units lie in a span of scores just above it."""
+
+    threshold: float
+    density: float
+
+    def below(self, need: int) -> float:
+        """A score that the next `need` units very likely lie below.
+
+        Example:
+            >>> Hint(threshold=1.0, density=100.0).below(0) > 1.0
+            True
+        """
+        return self.threshold + (1.5 * need + 4 * math.sqrt(need) + 32) / self.density
+
+
+def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hint | None = None) -> list[Candidates]:
+    """Finds, in layers that compete, candidates among which the `need` lowest kept units surely are. CPU.
+
+    Args:
+        scores: for each layer, scores of its units; no nan.
+        kept: for each layer, bool, flat.
+        need: how many kept units shall go, in all layers together; at most as many as are kept.
+        hint: from the last selection, where there was one.
+
+    Returns:
+        Candidates, one a layer.
+
+    Raises:
+        ArgumentError: there are fewer kept units with a number for a score than needed.
+
+    Example:
+        >>> survey([torch.tensor([3.0, 1.0])], [torch.tensor([True, True])], 1)[0].positions.tolist()
+        [0, 1]
+    """
+    if hint is not None:
+        found = _scan(scores, kept, -math.inf, hint.below(need))
+        if sum(len(c.positions) for c in found) >= need:
+            return found
+    for low, high in _brackets(scores, kept, need):
+        found = _scan(scores, kept, low, high)
+        settled = sum(c.n_settled for c in found)
+        if settled <= need <= settled + sum(len(c.positions) for c in found):
+            return found
+    raise ArgumentError(
+        f"cannot choose {need} units: some scores are nan. Check the weights for nan, or the criterion's own arithmetic"
+    )
+
+
+def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> list[tuple[float, float]]:
+    total = sum(len(s) for s in scores)
+    if total <= 2 * _SAMPLE:
+        return [(-math.inf, math.inf)]
+    # A sample as large as n^(2/3) leaves as few candidates; an odd stride that 3 does not divide meets every kernel tap.
+    stride = max(1, int(total / max(_SAMPLE, total ** (2 / 3)))) | 1
+    stride += 2 if stride % 3 == 0 else 0
+    every = slice(None, None, stride)
+    sample = torch.cat([s[every][k[every]] for s, k in zip(scores, kept, strict=True)]).sort().values
+    n_kept = sum(int(torch.count_nonzero(k)) for k in kept)
+    if not n_kept or not len(sample):
+        return [(-math.inf, math.inf)]
+    q = need / n_kept
+    spread = math.sqrt(len(sample) * q * (1 - q))
+    brackets: list[tuple[float, float]] = []
+    for sigmas in (4, 16):
+        first, last = (round(q * len(sample) + sign * (sigmas * spread + 8)) for sign in (-1, 1))
+        low = float(sample[first]) if first >= 0 else -math.inf
+        high = float(sample[last]) if last < len(sample) else math.inf
+        brackets.append((low, high))
+    return [*brackets, (-math.inf, math.inf)]
+
+
+def _scan(scores: Sequence[Scores], kept: Sequence[Tensor], low: float, high: float) -> list[Candidates]:
+    """One pass over the scores: [low, high) are candidates, below low is settled. A compiled helper can do it here."""
+    found: list[Candidates] = []
+    for layer_scores, keep in zip(scores, kept, strict=True):
+        n = len(layer_scores)
+        settled = torch.empty(n, dtype=torch.bool) if low > -math.inf else None
+        positions: list[Tensor] = []
+        values: list[Tensor] = []
+        n_settled = 0
+        for start in range(0, n, _CHUNK):
+            part = slice(start, min(start + _CHUNK, n))
+            chunk, keep_chunk = layer_scores[part], keep[part]
+            # An open bracket takes +inf too, and nan compares false with everything.
+            inside = (chunk < high) if high < math.inf else (chunk <= high)
+            inside &= keep_chunk
+            if settled is not None:
+                under = torch.lt(chunk, low, out=settled[part])
+                under &= keep_chunk
+                n_settled += int(np.count_nonzero(under.numpy()))
+                inside ^= under
+            here = torch.from_numpy(np.flatnonzero(inside.numpy()))
+            values.append(chunk[here])
+            positions.append(here + start)
+        found.append(Candidates(settled, n_settled, torch.cat(positions), torch.cat(values), high))
+    return found
+
+
+def take(candidates: Candidates, count: int) -> tuple[Tensor, Hint | None]:
+    """The candidates that go so that, with the settled ones, exactly `count` units do. CPU.
+
+    Args:
+        candidates: of one layer.
+        count: units to go; from `n_settled` to that plus the number of candidates.
+
+    Returns:
+        Positions that go, increasing, and a hint for the next time (None where nothing can be said).
+
+    Example:
+        >>> found = survey([torch.tensor([3.0, 1.0, 1.0])], [torch.tensor([True, True, True])], 1)
+        >>> take(found[0], 1)[0].tolist()
+        [1]
+    """
+    scores, need = candidates.scores, count - candidates.n_settled
+    if need <= 0:
+        return candidates.positions[:0], None
+    if need >= len(scores):
+        return candidates.positions, None
+    values = scores.numpy()
+    threshold = np.partition(values, need - 1)[need - 1]
+    goes = values < threshold
+    ties = np.flatnonzero(values == threshold)[: need - int(np.count_nonzero(goes))]
+    goes[ties] = True
+    return candidates.positions[torch.from_numpy(goes)], hint_after(candidates.upper, float(threshold), len(scores) - need)
+
+
+def hint_after(upper: float, threshold: float, left: int) -> Hint | None:
+    """A hint from the candidates that were left above the threshold.
+
+    Args:
+        upper: the bracket's upper end.
+        threshold: the highest score that went.
+        left: how many candidates lie between the two.
+
+    Returns:
+        The hint, or None where the bracket was open or nothing was left.
+
+    Example:
+        >>> hint_after(upper=2.0, threshold=1.0, left=50).density
+        50.0
+    """
+    if left <= 0 or not math.isfinite(upper) or not threshold < upper:
+        return None
+    return Hint(threshold, left / (upper - threshold))

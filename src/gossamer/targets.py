@@ -1,0 +1,198 @@
+"""Which layers take part? Model → named weights."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+
+from gossamer.errors import ArgumentError, TargetError, closest
+from gossamer.rules.allocation import as_fraction
+from gossamer.rules.granularity import view_of
+
+AXES: Mapping[type[nn.Module], str] = MappingProxyType(
+    {
+        nn.Conv1d: "oiw",
+        nn.Conv2d: "oihw",
+        nn.Conv3d: "oidhw",
+        nn.ConvTranspose1d: "iow",
+        nn.ConvTranspose2d: "iohw",
+        nn.ConvTranspose3d: "iodhw",
+        nn.Linear: "oi",
+        nn.Embedding: "oi",
+    }
+)
+"""The letters of a weight's axes, by type of layer (subclasses included)."""
+
+LayerTypes = type[nn.Module] | tuple[type[nn.Module], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A weight that takes part.
+
+    Args:
+        name: the layer's name in the model, as the report shows it.
+        module: the layer.
+        axes: letters of the axes that the weight is cut along.
+        view: their lengths; the weight's shape, but for grouped transposed convolutions.
+    """
+
+    name: str
+    module: nn.Module
+    axes: str
+    view: tuple[int, ...]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself, looked up anew, so that a model may move or be wrapped in between."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def type(self) -> str:
+        """The layer's type as the report shows it."""
+        return type(self.module).__name__
+
+
+def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: Iterable[str] = ()) -> list[Target]:
+    """Every weight of the given layer types, in the model's own order, shared weights once.
+
+    Args:
+        model: the network, or a part of it; names are relative to it.
+        layer_type: a type of layer or a tuple of them, out of `AXES`; subclasses count.
+        exclude: names or patterns of layers that are left out.
+
+    Raises:
+        ArgumentError: a layer type that has no weight to cut.
+        TargetError: nothing is left, a name matches nothing, or a layer's weight cannot be masked as it is.
+
+    Example:
+        >>> [t.name for t in find_targets(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))]
+        ['0']
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    types = layer_type if isinstance(layer_type, tuple) else (layer_type,)
+    for kind in types:
+        if not isinstance(kind, type) or not issubclass(kind, tuple(AXES)):
+            given = getattr(kind, "__name__", repr(kind))
+            raise ArgumentError(
+                f"layer_type {given} has no weight that can be made sparse; use {', '.join(t.__name__ for t in AXES)}, "
+                "or a tuple of them"
+            )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
+    left_out: set[str] = set()
+    for pattern in (exclude,) if isinstance(exclude, str) else exclude:
+        left_out |= set(match_layers(pattern, layers, what="exclude"))
+    seen: set[int] = set()
+    targets: list[Target] = []
+    for name, module in layers.items():
+        if name in left_out:
+            continue
+        weight = _maskable(name, module)
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            axes = next(letters for kind, letters in AXES.items() if isinstance(module, kind))
+            targets.append(Target(name, module, *view_of(axes, weight.shape, getattr(module, "groups", 1))))
+    if not targets:
+        kinds = ", ".join(t.__name__ for t in types)
+        have = sorted({type(m).__name__ for m in model.modules() if isinstance(m, tuple(AXES))})
+        remedy = f"layers that could be: layer_type={', '.join(have)}" if have else "the model has no layer that could be"
+        raise TargetError(f"no {kinds} layer to make sparse in {type(model).__name__}; {remedy}")
+    return targets
+
+
+def _maskable(name: str, module: nn.Module) -> Tensor:
+    weight = getattr(module, "weight", None)
+    if parametrize.is_parametrized(module, "weight"):
+        raise TargetError(
+            f"layer {name!r}: its weight is computed by a parametrization, so zeros in it would not last; call "
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, or exclude=[{name!r}]"
+        )
+    if isinstance(weight, UninitializedTensorMixin):
+        raise TargetError(f"layer {name!r} is lazy and has no weight yet; run one batch through the model first")
+    if not isinstance(weight, nn.Parameter):
+        raise TargetError(
+            f"layer {name!r}: its weight is no parameter but computed from others (weight_norm, spectral_norm or "
+            f"torch.nn.utils.prune); remove that first (remove_weight_norm, prune.remove), or exclude=[{name!r}]"
+        )
+    if not weight.is_floating_point():
+        raise TargetError(
+            f"layer {name!r} has a weight of {weight.dtype}; only floating-point weights can be masked, "
+            f"so exclude=[{name!r}]"
+        )
+    if weight.numel() == 0:
+        raise TargetError(f"layer {name!r} has an empty weight of shape {tuple(weight.shape)}; exclude=[{name!r}]")
+    return weight
+
+
+def match_layers(pattern: str, layers: Iterable[str], what: str = "sparsity") -> list[str]:
+    """The layer names that a name or pattern stands for.
+
+    Args:
+        pattern: an exact name, or one with the wildcards `*`, `?` and `[…]`; `*` spans dots too.
+        layers: every layer name.
+        what: the argument that the pattern came in, for the message.
+
+    Raises:
+        TargetError: it matches nothing; the closest names are listed.
+
+    Example:
+        >>> match_layers("0.*.conv?", ["0.1.conv1", "0.1.conv2", "0.1.fc"])
+        ['0.1.conv1', '0.1.conv2']
+    """
+    names = list(layers)
+    if not isinstance(pattern, str):
+        raise ArgumentError(f"{what}: layer name {pattern!r} is no string")
+    found = [pattern] if pattern in names else [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+    if not found:
+        raise TargetError(f"{what}: no layer is called {pattern!r}. {closest(pattern, names)}")
+    return found
+
+
+def resolve_sparsity(sparsity: float | Mapping[str, float], layers: Iterable[str]) -> dict[str, Fraction]:
+    """A target for every layer.
+
+    Args:
+        sparsity: a percentage for all layers, or a dict of layer name or pattern → percentage; layers that the dict
+            does not name stay dense. An exact name beats a pattern.
+        layers: every layer name.
+
+    Returns:
+        Layer name → fraction of units to mask, for every layer.
+
+    Raises:
+        ArgumentError: no percentage, an empty dict, or two patterns that give one layer different targets.
+        TargetError: a name that matches nothing.
+
+    Example:
+        >>> resolve_sparsity({"a*": 30}, ["a1", "b"])
+        {'a1': Fraction(3, 10), 'b': Fraction(0, 1)}
+    """
+    names = list(layers)
+    if not isinstance(sparsity, Mapping):
+        return dict.fromkeys(names, as_fraction(sparsity))
+    if not sparsity:
+        raise ArgumentError("sparsity is an empty dict; give layer name → percentage, or one number for all layers")
+    given: dict[str, tuple[str, Fraction]] = {}
+    for pattern, percent in sparsity.items():
+        fraction = as_fraction(percent)
+        for name in match_layers(pattern, names):
+            before = given.get(name)
+            if before is not None and before[0] == name:
+                continue
+            if before is not None and pattern != name and before[1] != fraction:
+                raise ArgumentError(
+                    f"sparsity: layer {name!r} matches {before[0]!r} ({float(before[1] * 100):g} %) and {pattern!r} "
+                    f"({float(fraction * 100):g} %); name the layer itself, or narrow a pattern"
+                )
+            given[name] = (pattern, fraction)
+    return {name: given[name][1] if name in given else Fraction(0) for name in names}

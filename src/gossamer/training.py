@@ -1,0 +1,237 @@
+"""And then? A sparsifier, a schedule and an optimizer, step by step, in any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.report import SparsityReport
+from gossamer.rules.schedules import Schedule, as_schedule
+from gossamer.sparsifier import Sparsifier
+
+_VERSION = 1
+
+
+class HasState(Protocol):
+    """What is asked of an optimizer: per-parameter state, as torch.optim and fastai keep it."""
+
+    @property
+    def state(self) -> Any: ...
+
+
+def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Tensor]]:
+    """Where to find what an optimizer remembers of each weight of a parameter.
+
+    Args:
+        optimizer: a torch.optim.Optimizer, a fastai Optimizer or OptimWrapper, or None.
+
+    Returns:
+        Parameter → its floating-point state tensors of its own shape (momentum, moments); a scalar step is none.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> adam = torch.optim.Adam([p]); p.sum().backward(); adam.step()
+        >>> len(optimizer_tensors(adam)(p))
+        2
+    """
+    if optimizer is None:
+        return lambda _: []
+    state: Mapping[Tensor, Mapping[str, Any]] = getattr(optimizer, "opt", optimizer).state
+
+    def tensors_of(parameter: Tensor) -> list[Tensor]:
+        entries = state[parameter].values() if parameter in state else ()
+        return [
+            v
+            for v in entries
+            if isinstance(v, Tensor) and v.shape == parameter.shape and v.is_floating_point() and v.ndim
+        ]
+
+    return tensors_of
+
+
+class SparseTraining:
+    """A gradual run: moves the masks along a schedule, and keeps zero what is masked.
+
+    Call `step` after every step of the optimizer; from then on the masked weights and the optimizer's state under the
+    masks are exactly 0, and after the last step every layer stands exactly at its target.
+
+    Args:
+        sparsifier: says which weights, and how they are chosen.
+        optimizer: whose state is kept zero under the masks; None where there is none.
+        sparsity: percent to reach, or a dict of layer name or pattern → percent.
+        schedule: how progress goes from 0 to 1: a registered name, a `Schedule`, or a function.
+        total_steps: how many optimizer steps the run has; needed where `step` is called without a position.
+        round_to: round the units that a layer keeps to the nearest multiple of this.
+
+    Raises:
+        ArgumentError: an argument that cannot be used.
+        TargetError: a layer name that matches nothing, or weights with nan.
+
+    Example:
+        >>> net = torch.nn.Linear(8, 4)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> run = SparseTraining(Sparsifier(net, layer_type=torch.nn.Linear), sgd, 50, "lin", total_steps=4)
+        >>> for _ in range(4):
+        ...     sgd.zero_grad(); net(torch.ones(1, 8)).sum().backward(); sgd.step(); moved = run.step()
+        >>> run.report().zeros
+        16
+    """
+
+    def __init__(
+        self,
+        sparsifier: Sparsifier,
+        optimizer: HasState | None,
+        sparsity: float | Mapping[str, float],
+        schedule: Schedule | str | Callable[..., Any] = "one_cycle",
+        total_steps: int | None = None,
+        *,
+        round_to: int | None = None,
+    ) -> None:
+        if not isinstance(sparsifier, Sparsifier):
+            raise ArgumentError(
+                f"the first argument is a Sparsifier, got {type(sparsifier).__name__}; wrap the model: Sparsifier(model)"
+            )
+        if total_steps is not None and (isinstance(total_steps, bool) or total_steps != int(total_steps) or total_steps < 1):
+            raise ArgumentError(f"total_steps={total_steps!r} is no positive number of optimizer steps")
+        self.sparsifier = sparsifier
+        self.schedule = as_schedule(schedule)
+        self.targets = sparsifier.resolve(sparsity, round_to)
+        self.round_to = round_to
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.progress = 0.0
+        self._floor = 0.0
+        self.optimizer = optimizer
+
+    @property
+    def optimizer(self) -> HasState | None:
+        """The optimizer whose state is kept zero under the masks; a new one may take its place at any time."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: HasState | None) -> None:
+        self._optimizer = optimizer
+
+    def step(self, position: float | None = None) -> bool:
+        """Follows one step of the optimizer: moves the masks to where the schedule stands, and applies them.
+
+        Args:
+            position: the fraction of training that is done now, in [0, 1]; by default steps done over `total_steps`.
+
+        Returns:
+            Whether progress changed.
+
+        Raises:
+            StateError: no position, and `total_steps` is not known or used up.
+        """
+        self.steps_done += 1
+        if position is None:
+            if self.total_steps is None:
+                raise StateError("step() does not know how far training is; give total_steps to the run, or a position")
+            if self.steps_done > self.total_steps:
+                raise StateError(
+                    f"step {self.steps_done} of a run of total_steps={self.total_steps}; give the number of optimizer "
+                    "steps of the whole training, epochs × len(loader), or call restart() for another round"
+                )
+            position = self.steps_done / self.total_steps
+        return self.move_to(position)
+
+    @torch.no_grad()
+    def move_to(self, position: float) -> bool:
+        """Moves the masks to where the schedule stands at a position, and applies them.
+
+        Args:
+            position: fraction of training, in [0, 1].
+
+        Returns:
+            Whether progress changed.
+        """
+        progress = max(self._floor, self.schedule(position))
+        changed = progress != self.progress
+        self.progress = progress
+        self.sparsifier.move(self.fractions(), self.round_to, optimizer_tensors(self._optimizer))
+        return changed
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Applies the masks where they stand, to the weights and to the optimizer's state."""
+        self.sparsifier.apply(optimizer_tensors(self._optimizer))
+
+    def fractions(self) -> dict[str, Fraction]:
+        """The fraction of units that each layer masks at the present progress."""
+        progress = Fraction(self.progress)
+        return {name: target * progress for name, target in self.targets.items()}
+
+    def restart(self, total_steps: int | None = None) -> None:
+        """Begins another round of training from the masks that there are: sparsity goes on from here, never back.
+
+        Args:
+            total_steps: of the new round.
+        """
+        self._floor = self.progress
+        self.steps_done = 0
+        self.total_steps = total_steps if total_steps is not None else self.total_steps
+
+    def release(self) -> None:
+        """Lets go of the masks: from now on every weight may grow again."""
+        self.sparsifier.release()
+        self.progress = self._floor = 0.0
+
+    def report(self) -> SparsityReport:
+        """What is sparse now, counted from the weights."""
+        return self.sparsifier.report()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the run but the weights and the optimizer, which save themselves.
+
+        Returns:
+            'version', counters, progress, and 'tensors': masks (packed) and evidence by name.
+        """
+        return {
+            "version": _VERSION,
+            "steps_done": self.steps_done,
+            "total_steps": self.total_steps,
+            "progress": self.progress,
+            "floor": self._floor,
+            "tensors": self.sparsifier.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave; the run goes on exactly where that one was.
+
+        Raises:
+            FileError: a newer version, or masks of another network.
+        """
+        if state.get("version") != _VERSION:
+            raise FileError(f"run state of version {state.get('version')!r}; this Gossamer reads version {_VERSION}")
+        self.sparsifier.load_state_dict(state["tensors"])
+        self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
+        self.progress, self._floor = state["progress"], state["floor"]
+
+
+def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
+    """Drops what an optimizer remembers of parameters, as if it had never stepped.
+
+    Args:
+        optimizer: as in `optimizer_tensors`.
+        parameters: whose moments and step counts go. Settings that fastai keeps beside them stay.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> adam = torch.optim.Adam([p]); p.sum().backward(); adam.step(); forget(adam, [p])
+        >>> optimizer_tensors(adam)(p)
+        []
+    """
+    if optimizer is None:
+        return
+    inner = getattr(optimizer, "opt", optimizer)
+    settings: Iterable[str] = getattr(inner, "_keep_on_clear", ())
+    for parameter in parameters:
+        if parameter in inner.state:
+            entries = inner.state[parameter]
+            inner.state[parameter] = {k: entries[k] for k in settings if k in entries}
