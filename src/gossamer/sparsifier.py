@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -237,6 +237,12 @@ class Sparsifier:
             self._apply(layer, state_of)
         self._apply_companions(state_of)
 
+    def masked_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every parameter that has a mask, with it: the weights, and what dies with their filters."""
+        for target in self.targets:
+            yield target.weight, self.masks.on(target.name, target.weight.device)
+        yield from self._masked_companions()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Masks and evidence, as flat tensors."""
         masks = {f"mask/{n}": t for n, t in self.masks.state_dict().items()}
@@ -400,11 +406,14 @@ class Sparsifier:
             return {}
         return find_companions(self.model, {t.name: t.module for t in whole if not isinstance(t.module, nn.Embedding)})
 
-    def _apply_companions(self, state_of: StateOf) -> None:
+    def _masked_companions(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, parameters in self._companions.items():
             layer = self._layers[name]
             channels = output_channels(self._units(layer), layer.target.axes, layer.dims)
             if channels is not None and layer.masked != 0:
                 for parameter in parameters:
-                    zero_masked([parameter, *state_of(parameter)], channels.contiguous())
+                    yield parameter, channels.contiguous()
 
+    def _apply_companions(self, state_of: StateOf) -> None:
+        for parameter, channels in self._masked_companions():
+            zero_masked([parameter, *state_of(parameter)], channels)

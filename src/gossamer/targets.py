@@ -80,14 +80,7 @@ def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: 
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    types = layer_type if isinstance(layer_type, tuple) else (layer_type,)
-    for kind in types:
-        if not isinstance(kind, type) or not issubclass(kind, tuple(AXES)):
-            given = getattr(kind, "__name__", repr(kind))
-            raise ArgumentError(
-                f"layer_type {given} has no weight that can be made sparse; use {', '.join(t.__name__ for t in AXES)}, "
-                "or a tuple of them"
-            )
+    types = as_layer_types(layer_type)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
     left_out: set[str] = set()
     for pattern in (exclude,) if isinstance(exclude, str) else exclude:
@@ -108,6 +101,29 @@ def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: 
         remedy = f"layers that could be: layer_type={', '.join(have)}" if have else "the model has no layer that could be"
         raise TargetError(f"no {kinds} layer to make sparse in {type(model).__name__}; {remedy}")
     return targets
+
+
+def as_layer_types(layer_type: LayerTypes) -> tuple[type[nn.Module], ...]:
+    """A tuple of layer types that can take part.
+
+    Raises:
+        ArgumentError: one of them has no weight to cut.
+
+    Example:
+        >>> as_layer_types(nn.Linear)
+        (<class 'torch.nn.modules.linear.Linear'>,)
+    """
+    types = layer_type if isinstance(layer_type, tuple) else (layer_type,)
+    known = ", ".join(t.__name__ for t in AXES)
+    if not types:
+        raise ArgumentError(f"layer_type is an empty tuple; use one or several of {known}")
+    for kind in types:
+        if not isinstance(kind, type) or not issubclass(kind, tuple(AXES)):
+            given = getattr(kind, "__name__", repr(kind))
+            raise ArgumentError(
+                f"layer_type {given} has no weight that can be made sparse; use one or several of {known}"
+            )
+    return types
 
 
 def _maskable(name: str, module: nn.Module) -> Tensor:

@@ -19,8 +19,8 @@ _SLACK = 1e-6  # rounding that a schedule may leave [0, 1] by
 class Schedule:
     """A progress curve between two fractions of training.
 
-    Before `start_pct` the progress is 0; from `start_pct` to `end_pct` it follows `func`, stretched to that
-    interval; after `end_pct` it stays at `func(1)`. The value is immutable and can serve any number of runs.
+    Up to `start_pct` the progress is 0; from there to `end_pct` it follows `func`, stretched to that interval; after
+    `end_pct` it stays at `func(1)`. The value is immutable and can serve any number of runs.
 
     Args:
         func: the curve. Either one argument, position in [0, 1] → progress in [0, 1], or fastai's three,
@@ -85,7 +85,7 @@ class Schedule:
         """
         if not 0 <= fraction <= 1:
             raise ArgumentError(f"fraction of training {fraction!r} is outside [0, 1]")
-        if fraction < self.start_pct:
+        if fraction <= self.start_pct:  # so that the weights of that very moment are still dense ones
             return 0.0
         return self._at(min(1.0, (fraction - self.start_pct) / (self.end_pct - self.start_pct)))
 

@@ -1,0 +1,74 @@
+"""What a fastai notebook star-imports: `from gossamer.all import *`.
+
+The criterion `random` is not among the names, since it would hide Python's module of that name; write 'random'.
+"""
+
+from gossamer.integrations.fastai import SparsifyCallback, SparsityMetric
+from gossamer.plots import plot_schedule, plot_sparsity, plot_training
+from gossamer.report import LayerSparsity, SparsityReport, report
+from gossamer.rules.criteria import (
+    CRITERIA,
+    Criterion,
+    large_final,
+    large_init,
+    large_init_large_final,
+    magnitude,
+    magnitude_increase,
+    movement,
+    movmag,
+    small_final,
+    small_init,
+    small_init_small_final,
+    squared_final,
+    updating_magnitude_increase,
+    updating_movement,
+    updating_movmag,
+)
+from gossamer.rules.granularity import GRANULARITIES, Granularity
+from gossamer.rules.schedules import SCHEDULES, Schedule, agp, cos, dsd, iterative, lin, one_cycle, one_shot
+from gossamer.sparsifier import Sparsifier
+from gossamer.tickets import Lottery, Ticket, load_ticket
+from gossamer.training import SparseTraining
+
+__all__ = [
+    "CRITERIA",
+    "GRANULARITIES",
+    "SCHEDULES",
+    "Criterion",
+    "Granularity",
+    "LayerSparsity",
+    "Lottery",
+    "Schedule",
+    "SparseTraining",
+    "Sparsifier",
+    "SparsifyCallback",
+    "SparsityMetric",
+    "SparsityReport",
+    "Ticket",
+    "agp",
+    "cos",
+    "dsd",
+    "iterative",
+    "large_final",
+    "large_init",
+    "large_init_large_final",
+    "lin",
+    "load_ticket",
+    "magnitude",
+    "magnitude_increase",
+    "movement",
+    "movmag",
+    "one_cycle",
+    "one_shot",
+    "plot_schedule",
+    "plot_sparsity",
+    "plot_training",
+    "report",
+    "small_final",
+    "small_init",
+    "small_init_small_final",
+    "squared_final",
+    "updating_magnitude_increase",
+    "updating_movement",
+    "updating_movmag",
+]

@@ -1,0 +1,126 @@
+"""Pictures of schedules, reports and runs; matplotlib is imported only when something is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gossamer.errors import ArgumentError
+from gossamer.report import SparsityReport
+from gossamer.rules.schedules import Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INK, _ACCENT, _SOFT = "#1f3a5f", "#d1495b", "#c9d3df"
+
+
+def _axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ArgumentError("plots need matplotlib; install it with: pip install 'gossamer[plots]'") from None
+    return plt.subplots(figsize=figsize, layout="constrained")[1]
+
+
+def _plain(ax: Axes) -> Axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def plot_schedule(
+    *schedules: Schedule | str | Callable[..., Any], sparsity: float = 100, points: int = 401, ax: Axes | None = None
+) -> Axes:
+    """Draws how sparsity grows over training.
+
+    Args:
+        schedules: one or several schedules, names of registered ones, or functions.
+        sparsity: percent that is reached at progress 1.
+        points: how finely to draw.
+        ax: matplotlib axes to draw on; new ones if not given.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ArgumentError: no schedule, an unknown one, or matplotlib is not installed.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> len(plot_schedule("one_cycle", "agp", sparsity=90).lines)
+        2
+    """
+    if not schedules:
+        raise ArgumentError("plot_schedule() was given no schedule; try plot_schedule('one_cycle', 'cos')")
+    ax = _plain(_axes(ax, (6, 3.4)))
+    at = [i / (points - 1) for i in range(points)]
+    for schedule in map(as_schedule, schedules):
+        ax.plot(at, [sparsity * schedule(x) for x in at], label=schedule.name, linewidth=2)
+    ax.set(xlabel="fraction of training", ylabel="sparsity (%)", xlim=(0, 1))
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_sparsity(report: SparsityReport, ax: Axes | None = None) -> Axes:
+    """Draws the sparsity of every layer as a bar, with the whole network's as a line.
+
+    Args:
+        report: from `report(model)` or a callback.
+        ax: matplotlib axes to draw on; new ones if not given.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> from gossamer.report import LayerSparsity
+        >>> len(plot_sparsity(SparsityReport((LayerSparsity("0", "Linear", 4, 1, (2, 2)),))).patches)
+        1
+    """
+    ax = _plain(_axes(ax, (max(6.0, 0.34 * len(report.rows)), 3.6)))
+    places = range(len(report.rows))
+    ax.bar(places, [r.sparsity for r in report.rows], color=_INK)
+    ax.axhline(report.sparsity, color=_ACCENT, linewidth=1.5, label=f"overall {report.sparsity:.2f} %")
+    ax.set_xticks(places, [r.layer for r in report.rows], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    ax.set(ylabel="sparsity (%)", ylim=(0, 100))
+    ax.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 1.14))
+    return ax
+
+
+def plot_training(
+    history: Sequence[Mapping[str, float]], schedule: Schedule | None = None, sparsity: float = 100, ax: Axes | None = None
+) -> Axes:
+    """Draws the sparsity that was counted at the end of every epoch, over the schedule that asked for it.
+
+    Args:
+        history: one mapping an epoch, with 'position' (fraction of training) and 'sparsity' (percent).
+        schedule: drawn behind, where given.
+        sparsity: percent that the schedule reaches at progress 1.
+        ax: matplotlib axes to draw on; new ones if not given.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> len(plot_training([{"position": 1.0, "sparsity": 50.0}]).lines)
+        1
+    """
+    ax = _plain(_axes(ax, (6, 3.4)))
+    if schedule is not None:
+        at = [i / 400 for i in range(401)]
+        ax.plot(at, [sparsity * schedule(x) for x in at], color=_SOFT, linewidth=3, label=f"{schedule.name}, asked for")
+    ax.plot(
+        [h["position"] for h in history],
+        [h["sparsity"] for h in history],
+        "o",
+        color=_ACCENT,
+        label="counted at the end of each epoch",
+    )
+    ax.set(xlabel="fraction of training", ylabel="sparsity (%)", xlim=(0, 1.02), ylim=(0, None))
+    ax.legend(frameon=False)
+    return ax

@@ -1,0 +1,93 @@
+"""Safetensors files, written whole or not at all, read without running anything."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gossamer.errors import FileError
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Writes a file so that, whatever happens, its name holds the old content or the new, never a part.
+
+    Args:
+        path: the file; missing folders are made.
+        content: all of its bytes.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> import tempfile
+        >>> write_whole(Path(tempfile.mkdtemp()) / "deep" / "a.bin", b"abc").read_bytes()
+        b'abc'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode would lock everybody else out
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Writes tensors and metadata to a safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: name → tensor, on any device; tensors may share memory.
+        metadata: strings for the header.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = save_tensors(Path(tempfile.mkdtemp()) / "t.safetensors", {"a": torch.ones(2)}, {"kind": "test"})
+        >>> load_tensors(path)[0]["a"]
+        tensor([1., 1.])
+    """
+    ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return write_whole(path, save(ready, metadata=dict(metadata)))
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Tensors by name, on the CPU, and the metadata of the header.
+
+    Raises:
+        FileError: it does not exist, or is no whole safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(
+            f"{str(path)!r} is no whole safetensors file ({error}); it may be truncated or of another kind, so take "
+            "another copy"
+        ) from None
