@@ -6,7 +6,8 @@ it. Which BatchNorm that is, is read off the traced graph (torch.fx), never off 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,21 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
 # Modules that leave every channel where it is, so that the normalisation may lie behind them.
-_CHANNELWISE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.ReLU6, nn.LeakyReLU)
-_CHANNELWISE += (nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU, nn.Tanh)
+_CHANNELWISE = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.ELU,
+    nn.Tanh,
+)
 
 
 class _Tracer(fx.Tracer):
@@ -34,59 +48,65 @@ def find_companions(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
         layers: layer name → layer.
 
     Returns:
-        Layer name → parameters of shape (output channels,). A normalisation that several layers feed is left alone.
+        Layer name → parameters of shape (output channels,). A normalisation that sees anything else than that one
+        layer's output is left alone.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-        >>> [p is q for p, q in zip(find_companions(net, {"0": net[0]})["0"], (net[0].bias, net[1].weight, net[1].bias))]
-        [True, True, True]
+        >>> [tuple(p.shape) for p in find_companions(net, {"0": net[0]})["0"]]
+        [(4,), (4,), (4,)]
     """
-    feeds = dict(_norm_edges(model))
-    feeders: dict[nn.Module, set[nn.Module]] = {}
-    for layer, norms in feeds.items():
-        for norm in norms:
-            feeders.setdefault(norm, set()).add(layer)
+    norms: dict[nn.Module, list[nn.Module]] = {}
+    for norm, sources in _norm_sources(model).items():
+        if len(sources) == 1 and (layer := next(iter(sources))) is not None:
+            norms.setdefault(layer, []).append(norm)
     found: dict[str, list[nn.Parameter]] = {}
     for name, layer in layers.items():
-        owners = [layer, *(n for n in feeds.get(layer, ()) if feeders[n] == {layer})]
-        names = ["bias"] + ["weight", "bias"] * (len(owners) - 1)
-        modules = [layer] + [n for n in owners[1:] for _ in range(2)]
-        parameters = [getattr(m, p, None) for m, p in zip(modules, names, strict=True)]
-        found[name] = [p for p in parameters if isinstance(p, nn.Parameter)]
+        owned: list[Any] = [getattr(layer, "bias", None)]
+        for norm in norms.get(layer, ()):
+            owned += [norm.weight, norm.bias]
+        found[name] = [p for p in owned if isinstance(p, nn.Parameter)]
     return found
 
 
-def _norm_edges(model: nn.Module) -> Iterable[tuple[nn.Module, list[nn.Module]]]:
-    tracer = _Tracer()
+def _norm_sources(model: nn.Module) -> dict[nn.Module, set[nn.Module | None]]:
+    """Normalisation → the layers whose output it sees; None stands for anything else."""
     try:
-        graph = tracer.trace(model)
-    except Exception:  # tracing runs the user's forward on proxies, which may fail in any way at all
-        merged: dict[nn.Module, list[nn.Module]] = {}
+        # Tracing runs the user's forward, which may keep things on the module: let it do so on a copy. The parameters
+        # are shared, so the copy costs no more than the buffers.
+        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        with torch.random.fork_rng(devices=[]):
+            graph = _Tracer().trace(twin)
+    except Exception:  # the user's forward meets proxies, and may fail on them in any way at all
+        merged: dict[nn.Module, set[nn.Module | None]] = {}
         for child in model.children():
-            for layer, norms in _norm_edges(child):
-                merged.setdefault(layer, []).extend(n for n in norms if n not in merged.get(layer, []))
-        return merged.items()
-    edges: dict[nn.Module, list[nn.Module]] = {}
+            for norm, sources in _norm_sources(child).items():
+                merged.setdefault(norm, set()).update(sources)
+        return merged
+    seen: dict[nn.Module, set[nn.Module | None]] = {}
     for node in graph.nodes:
-        layer = _module(model, node)
-        if layer is not None and not isinstance(layer, _NORMS + _CHANNELWISE):
-            norms = edges.setdefault(layer, [])
-            norms.extend(n for n in _norms_behind(model, node) if n not in norms)
-    return edges.items()
+        norm = _module(model, node)
+        if isinstance(norm, _NORMS):
+            seen.setdefault(norm, set()).add(_source(model, node))
+    return seen
 
 
-def _norms_behind(model: nn.Module, node: fx.Node) -> Iterable[nn.Module]:
-    for user in node.users:
-        module = _module(model, user)
-        if isinstance(module, _NORMS):
-            yield module
-        elif isinstance(module, _CHANNELWISE) or _is_channelwise_call(user):
-            yield from _norms_behind(model, user)
+def _source(model: nn.Module, norm: fx.Node) -> nn.Module | None:
+    node = norm
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        module = _module(model, node)
+        if not (isinstance(module, _CHANNELWISE) or _is_channelwise_call(node)):
+            return None if isinstance(module, _NORMS) else module
+    return None
 
 
 def _is_channelwise_call(node: fx.Node) -> bool:
     functions: tuple[Any, ...] = (torch.relu, nn.functional.relu, nn.functional.silu, nn.functional.gelu)
-    return node.op == "call_function" and node.target in functions
+    methods = ("relu", "relu_", "tanh", "contiguous", "clone")
+    return (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in methods
+    )
 
 
 def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:

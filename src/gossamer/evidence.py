@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gossamer.errors import FileError
 from gossamer.rules.criteria import Criterion
 
 
@@ -50,10 +51,12 @@ class Evidence:
                 have[kind] = stored
         return have
 
-    def moved(self, name: str, weight: Tensor) -> None:
-        """Takes note that a layer's masks have moved, and been applied to its weight."""
-        if "previous" in self.kept:
-            self.kept["previous"][name].copy_(weight.detach())
+    def moved(self, name: str, weight: Tensor, changed: bool | Tensor = True) -> None:
+        """Takes note of whether a layer's mask has changed (a 0-d tensor where only the device knows)."""
+        if "previous" not in self.kept or changed is False:
+            return
+        previous, now = self.kept["previous"][name], weight.detach()
+        previous.copy_(now if changed is True else torch.where(changed, now, previous.to(now)))
 
     def unchanged(self, name: str, weight: Tensor) -> bool:
         """Whether the criterion measures change and there has been none, so that all its scores tie."""
@@ -67,10 +70,21 @@ class Evidence:
         return {f"{kind}/{name}": t.clone() for kind, layers in self.kept.items() for name, t in layers.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_dict` gave."""
-        for kind, layers in self.kept.items():
-            for name, tensor in layers.items():
-                tensor.copy_(state[f"{kind}/{name}"])
+        """Takes back what `state_dict` gave; all or none.
+
+        Raises:
+            FileError: something is missing, or of another shape.
+        """
+        wanted = {f"{kind}/{name}": t for kind, layers in self.kept.items() for name, t in layers.items()}
+        for key, tensor in wanted.items():
+            if key not in state or state[key].shape != tensor.shape:
+                have = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
+                raise FileError(
+                    f"state of another run: {key!r} {have}, and criterion {self.criterion.name!r} needs it of shape "
+                    f"{tuple(tensor.shape)}; use the criterion and the network that the state is from"
+                )
+        for key, tensor in wanted.items():
+            tensor.copy_(state[key])
 
     def _noise(self, name: str, weight: Tensor) -> Tensor:
         # From the layer's name and not its place, on the CPU, so that every rank and every resume sees the same.

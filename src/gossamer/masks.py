@@ -28,9 +28,7 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._masks = {
-            name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in weights.items()
-        }
+        self._masks = {name: torch.ones(w.shape, dtype=torch.bool, device=w.device) for name, w in weights.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]

@@ -92,7 +92,10 @@ def plot_sparsity(report: SparsityReport, ax: Axes | None = None) -> Axes:
 
 
 def plot_training(
-    history: Sequence[Mapping[str, float]], schedule: Schedule | None = None, sparsity: float = 100, ax: Axes | None = None
+    history: Sequence[Mapping[str, float]],
+    schedule: Schedule | None = None,
+    sparsity: float = 100,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draws the sparsity that was counted at the end of every epoch, over the schedule that asked for it.
 

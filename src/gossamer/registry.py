@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from gossamer.errors import ArgumentError, closest
 
@@ -56,6 +56,10 @@ class Registry(Mapping[str, T], Generic[T]):
             return self._entries[name]
         except KeyError:
             raise ArgumentError(f"unknown {self.kind} {name!r}. {closest(str(name), self._entries)}") from None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The rule of that name, or the default where there is none."""
+        return self._entries.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gossamer.errors import TargetError, closest
 from gossamer.targets import LayerTypes, Target, find_targets
 
 if TYPE_CHECKING:
@@ -74,7 +75,10 @@ class SparsityReport:
         return 100 * self.zeros / self.params if self.params else 0.0
 
     def __getitem__(self, layer: str) -> LayerSparsity:
-        return next(r for r in self.rows if r.layer == layer)
+        for row in self.rows:
+            if row.layer == layer:
+                return row
+        raise TargetError(f"no layer is called {layer!r}. {closest(layer, (r.layer for r in self.rows))}")
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values: 'layers', a list of rows, and the totals 'params', 'zeros', 'sparsity'."""
@@ -103,8 +107,8 @@ class SparsityReport:
     def __str__(self) -> str:
         width = max([20, *(len(r.layer) for r in self.rows)])
         lines = ["Sparsity Report:", _RULE, _line("Layer", "Type", "Params", "Zeros", "Sparsity", width), _RULE]
-        for r in self.rows:
-            lines.append(_line(r.layer, r.type, f"{r.params:,}", f"{r.zeros:,}", f"{r.sparsity:.2f}%", width))
+        cells = [(r.layer, r.type, f"{r.params:,}", f"{r.zeros:,}", f"{r.sparsity:.2f}%") for r in self.rows]
+        lines += [_line(*row, width) for row in cells]
         lines += [_RULE, _line("Overall", "all", f"{self.params:,}", f"{self.zeros:,}", f"{self.sparsity:.2f}%", width)]
         return "\n".join(lines)
 

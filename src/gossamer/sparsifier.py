@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.companions import find_companions
-from gossamer.errors import ArgumentError, GossamerWarning, TargetError
+from gossamer.errors import ArgumentError, FileError, GossamerWarning, TargetError
 from gossamer.evidence import Evidence, ScoresOnDemand, widen
 from gossamer.masks import Masks, zero_at, zero_masked
 from gossamer.report import SparsityReport, report_of
@@ -43,7 +43,7 @@ class Sparsifier:
         granularity: which weights live and die together: a registered name ('weight', 'kernel', 'filter', …) or a
             `Granularity`.
         context: which units compete: 'local' (inside each layer), 'global' (across all), or an N:M pattern ('2:4').
-        criteria: how much a weight matters: a registered name, a `Criterion`, or a function such as `lambda w: w.abs()`.
+        criteria: how much a weight matters: a registered name, a `Criterion`, or a function (`lambda w: w.abs()`).
         layer_type: type of layer that takes part, or a tuple of types.
         exclude: names or patterns of layers that do not.
         seed: of the criterion 'random'.
@@ -81,6 +81,7 @@ class Sparsifier:
         self.evidence = Evidence(self.criterion, weights, seed)
         self._companions = self._find_companions()
         self._hints: dict[str, Hint | None] = {}
+        self._pooled = 0  # what a global context masks in all layers together
 
     def sparsify_model(self, sparsity: float | Mapping[str, float], round_to: int | None = None) -> None:
         """Makes every layer as sparse as asked, at once.
@@ -101,10 +102,15 @@ class Sparsifier:
             8
         """
         fractions = self.resolve(sparsity, round_to)
-        named = {n for n, f in fractions.items() if f} if isinstance(sparsity, Mapping) else set(fractions)
         self.check_weights()
-        # Layers that a dict does not name keep their masks, rather than growing dense again.
-        self.move({n: f for n, f in fractions.items() if n in named}, round_to)
+        if all(self.evidence.unchanged(t.name, t.weight) for t in self.targets):
+            warnings.warn(
+                f"criterion {self.criterion.name!r} measures change, and no weight has changed since the run began: "
+                "all scores tie, and the first positions are masked",
+                GossamerWarning,
+                stacklevel=2,
+            )
+        self.move(fractions, round_to)
 
     def sparsify_layer(self, layer: str | nn.Module, sparsity: float, round_to: int | None = None) -> None:
         """Makes one layer as sparse as asked, at once.
@@ -152,7 +158,7 @@ class Sparsifier:
             round_to: as in `sparsify_model`.
 
         Returns:
-            Layer name → fraction of its units to mask.
+            Layer name → fraction of its units to mask, for every layer that has a target.
 
         Raises:
             ArgumentError: see `sparsify_model`.
@@ -197,13 +203,6 @@ class Sparsifier:
                     f"layer {target.name!r} has nan or infinite weights, which no criterion can rank; "
                     "restore a checkpoint from before, or lower the learning rate"
                 )
-        if all(self.evidence.unchanged(t.name, t.weight) for t in self.targets):
-            warnings.warn(
-                f"criterion {self.criterion.name!r} measures change, and no weight has changed since the run began: "
-                "all scores tie, and the first positions are masked",
-                GossamerWarning,
-                stacklevel=3,
-            )
 
     def move(
         self, fractions: Mapping[str, Fraction], round_to: int | None = None, state_of: StateOf = lambda _: ()
@@ -215,7 +214,7 @@ class Sparsifier:
             round_to: as in `sparsify_model`.
             state_of: further tensors to zero where the weights are.
         """
-        changed: list[str] = []
+        changed: dict[str, bool | Tensor] = {}
         if self.context.kind == "global":
             changed = self._move_global(max(fractions.values(), default=Fraction(0)), round_to, state_of)
         else:
@@ -226,9 +225,9 @@ class Sparsifier:
                 goal = self._rounded(count(fractions[name], layer.n_units), layer, round_to)
                 if goal != layer.masked:
                     self._move_layer(layer, goal, state_of)
-                    changed.append(name)
-        for name in changed:
-            self.evidence.moved(name, self._layers[name].target.weight)
+                    changed[name] = True
+        for name, flag in changed.items():
+            self.evidence.moved(name, self._layers[name].target.weight, flag)
         self._apply_companions(state_of)
 
     def apply(self, state_of: StateOf = lambda _: ()) -> None:
@@ -254,11 +253,20 @@ class Sparsifier:
         Raises:
             FileError: it is of another network.
         """
-        self.masks.load_state_dict({n.removeprefix("mask/"): t for n, t in state.items() if n.startswith("mask/")})
+        loaded = Masks({t.name: t.weight for t in self.targets})
+        loaded.load_state_dict({n.removeprefix("mask/"): t for n, t in state.items() if n.startswith("mask/")})
+        for name, layer in self._layers.items():
+            mask = loaded[name].view(layer.target.view)
+            if not torch.equal(mask, expand(units_of(mask, layer.dims), layer.target.view)):
+                raise FileError(
+                    f"the mask of layer {name!r} cuts through units of granularity {self.granularity.name!r}; use the "
+                    "granularity that the state is from"
+                )
         self.evidence.load_state_dict(state)
-        self._hints = {}
+        self.masks, self._hints = loaded, {}
         for layer in self._layers.values():
             layer.masked = layer.n_units - int(torch.count_nonzero(self._units(layer)))
+        self._pooled = sum(layer.masked or 0 for layer in self._layers.values())
 
     def release(self) -> None:
         """Lets go: masks are all True again, and weights may grow where they were masked."""
@@ -266,6 +274,7 @@ class Sparsifier:
             self.masks[name].fill_(True)
             layer.masked = 0
         self._hints = {}
+        self._pooled = 0
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
@@ -279,8 +288,8 @@ class Sparsifier:
         inputs = shape[target.axes.index("i")]
         if self.context.m and inputs % self.context.m:
             raise TargetError(
-                f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of {self.context.m}, "
-                f"as context '{self.context}' needs; leave it dense with exclude=[{target.name!r}]"
+                f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of "
+                f"{self.context.m}, as context '{self.context}' needs; leave it dense with exclude=[{target.name!r}]"
             )
         return layer
 
@@ -317,7 +326,7 @@ class Sparsifier:
             self._replace(layer, self._select(layer, self._scores(layer), goal), state_of)
         layer.masked = goal
 
-    def _move_global(self, fraction: Fraction, round_to: int | None, state_of: StateOf) -> list[str]:
+    def _move_global(self, fraction: Fraction, round_to: int | None, state_of: StateOf) -> dict[str, bool | Tensor]:
         layers = list(self._layers.values())
         for layer in layers:
             self._apply(layer, state_of)
@@ -325,11 +334,11 @@ class Sparsifier:
         now = [layer.masked for layer in layers]
         known = [n for n in now if n is not None]
         fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
-        if fast and round_to is None and goal == sum(known):
-            return []
+        if goal == self._pooled and round_to is None:
+            return {}
+        self._pooled = goal
         if not fast or goal < sum(known) or round_to is not None:
-            self._select_global(layers, goal, round_to, state_of)
-            return [layer.target.name for layer in layers]
+            return self._select_global(layers, goal, round_to, state_of)
         need = goal - sum(known)
         kept = [self._units(layer).reshape(-1) for layer in layers]
         found = survey([self._flat_scores(layer) for layer in layers], kept, need, self._hints.get(""))
@@ -340,9 +349,11 @@ class Sparsifier:
                 layer.masked = (layer.masked or 0) + here
         left = sum(c.n_settled + len(c.scores) for c in found) - need
         self._hints[""] = hint_after(found[0].upper, threshold, left)
-        return [layer.target.name for layer, here in zip(layers, counts, strict=True) if here]
+        return {layer.target.name: True for layer, here in zip(layers, counts, strict=True) if here}
 
-    def _select_global(self, layers: Sequence[_Layer], goal: int, round_to: int | None, state_of: StateOf) -> None:
+    def _select_global(
+        self, layers: Sequence[_Layer], goal: int, round_to: int | None, state_of: StateOf
+    ) -> dict[str, bool | Tensor]:
         """The plain way, and the device's: counts by counting, then the layers one by one; nothing is copied back."""
         scores = [self._scores(layer) for layer in layers]
         nested = scores
@@ -352,12 +363,16 @@ class Sparsifier:
             more = units - torch.stack([k.sum() for k in kept]).sum() <= goal
             nested = [nest(s, k, more) for s, k in zip(scores, kept, strict=True)]
         counts = global_counts(goal, nested)
+        changed: dict[str, bool | Tensor] = {}
         for i, layer in enumerate(layers):
             masked: int | Tensor = counts[i]
             layer.masked = None
             if round_to is not None or self._is_fast(layer):
                 masked = layer.masked = self._rounded(int(counts[i]), layer, round_to)
-            self._replace(layer, self._select(layer, scores[i], masked), state_of)
+            units = self._select(layer, scores[i], masked)
+            changed[layer.target.name] = (units != self._units(layer)).any()
+            self._replace(layer, units, state_of)
+        return changed
 
     def _select(self, layer: _Layer, scores: Tensor, goal: int | Tensor) -> Tensor:
         units = self._units(layer)

@@ -9,7 +9,7 @@ from fractions import Fraction
 from types import MappingProxyType
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from gossamer.errors import ArgumentError, TargetError, closest
@@ -98,7 +98,9 @@ def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: 
     if not targets:
         kinds = ", ".join(t.__name__ for t in types)
         have = sorted({type(m).__name__ for m in model.modules() if isinstance(m, tuple(AXES))})
-        remedy = f"layers that could be: layer_type={', '.join(have)}" if have else "the model has no layer that could be"
+        remedy = (
+            f"layers that could be: layer_type={', '.join(have)}" if have else "the model has no layer that could be"
+        )
         raise TargetError(f"no {kinds} layer to make sparse in {type(model).__name__}; {remedy}")
     return targets
 
@@ -133,7 +135,7 @@ def _maskable(name: str, module: nn.Module) -> Tensor:
             f"layer {name!r}: its weight is computed by a parametrization, so zeros in it would not last; call "
             f"torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, or exclude=[{name!r}]"
         )
-    if isinstance(weight, UninitializedTensorMixin):
+    if isinstance(weight, Tensor) and is_lazy(weight):
         raise TargetError(f"layer {name!r} is lazy and has no weight yet; run one batch through the model first")
     if not isinstance(weight, nn.Parameter):
         raise TargetError(
@@ -178,12 +180,12 @@ def resolve_sparsity(sparsity: float | Mapping[str, float], layers: Iterable[str
     """A target for every layer.
 
     Args:
-        sparsity: a percentage for all layers, or a dict of layer name or pattern → percentage; layers that the dict
-            does not name stay dense. An exact name beats a pattern.
+        sparsity: a percentage for all layers, or a dict of layer name or pattern → percentage. An exact name beats
+            a pattern.
         layers: every layer name.
 
     Returns:
-        Layer name → fraction of units to mask, for every layer.
+        Layer name → fraction of units to mask, for every layer that has a target, in the order of `layers`.
 
     Raises:
         ArgumentError: no percentage, an empty dict, or two patterns that give one layer different targets.
@@ -191,7 +193,7 @@ def resolve_sparsity(sparsity: float | Mapping[str, float], layers: Iterable[str
 
     Example:
         >>> resolve_sparsity({"a*": 30}, ["a1", "b"])
-        {'a1': Fraction(3, 10), 'b': Fraction(0, 1)}
+        {'a1': Fraction(3, 10)}
     """
     names = list(layers)
     if not isinstance(sparsity, Mapping):
@@ -211,4 +213,4 @@ def resolve_sparsity(sparsity: float | Mapping[str, float], layers: Iterable[str
                     f"({float(fraction * 100):g} %); name the layer itself, or narrow a pattern"
                 )
             given[name] = (pattern, fraction)
-    return {name: given[name][1] if name in given else Fraction(0) for name in names}
+    return {name: given[name][1] for name in names if name in given}

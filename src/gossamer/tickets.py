@@ -126,8 +126,8 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
         raise FileError(f"{os.fspath(path)!r} is a safetensors file, but no ticket; tickets come from Ticket.save")
     if metadata.get("version") != str(_VERSION):
         raise FileError(
-            f"{os.fspath(path)!r} is a ticket of version {metadata.get('version')}; this Gossamer reads version {_VERSION}, "
-            "so install a newer one"
+            f"{os.fspath(path)!r} is a ticket of version {metadata.get('version')}; this Gossamer reads version "
+            f"{_VERSION}, so install a newer one"
         )
     weights = {n.removeprefix("weight/"): t for n, t in tensors.items() if n.startswith("weight/")}
     masks: dict[str, Tensor] = {}
@@ -141,7 +141,9 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
     try:
         epoch = int(metadata.get("epoch", ""))
     except ValueError:
-        raise FileError(f"{os.fspath(path)!r}: epoch {metadata.get('epoch')!r} is no number; take another copy") from None
+        raise FileError(
+            f"{os.fspath(path)!r}: epoch {metadata.get('epoch')!r} is no number; take another copy"
+        ) from None
     return Ticket(weights, masks, epoch)
 
 

