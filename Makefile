@@ -15,7 +15,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs serve tutorial bench-training bench-selection constraints clean distclean
+.PHONY: help setup demo test lint format docs serve bench-training bench-selection constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,9 +59,6 @@ docs: $(STAMP) ## execute the tutorial and build the site into site/, no warning
 
 serve: $(STAMP) ## the site at http://127.0.0.1:8000, built anew as its pages change
 	$(BIN)/mkdocs serve
-
-tutorial: $(STAMP) ## execute docs/tutorial.ipynb in place
-	$(BIN)/jupyter execute --inplace docs/tutorial.ipynb
 
 bench-training: $(STAMP) ## what a training step costs with masks moving, over a dense one
 	$(BIN)/python benchmarks/training_overhead.py $(ARGS)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->$"
     r"|^(?P<mark><!-- (?:skip|prints) -->)\s*$"
@@ -88,7 +88,8 @@ def _plain(text: str) -> list[str]:
 
 
 def test_blocks_are_found() -> None:
-    page = "<!-- setup\na = 1\n-->\n```python\nprint(a)\n```\n\n<!-- prints -->\n```text\n1\n```\n<!-- skip -->\n```python\nb\n```\n"
+    page = "<!-- setup\na = 1\n-->\n```python\nprint(a)\n```\n\n<!-- prints -->\n```text\n1\n```\n"
+    page += "<!-- skip -->\n```python\nb\n```\n"
     setup, shown = blocks_of(page)
     assert (setup.code.strip(), setup.prints) == ("a = 1", None)
     assert (shown.code.strip(), shown.prints) == ("print(a)", "1\n")

@@ -131,11 +131,10 @@ def zero_masked(tensors: Iterable[Tensor], mask: Tensor) -> None:
 
 def _and(tensors: Sequence[Tensor], mask: Tensor) -> None:
     words: dict[torch.dtype, Tensor] = {}
-    signs = mask.view(torch.int8).neg()
     for tensor in tensors:
         kind = _BITS[tensor.element_size()]
         if kind not in words:
-            words[kind] = signs.to(kind)
+            words[kind] = mask.view(torch.int8).to(kind).neg_()
         tensor.view(kind).bitwise_and_(words[kind])
 
 

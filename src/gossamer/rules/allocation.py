@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,12 +151,13 @@ def pooled_counts(masked: int, settled: Sequence[int], scores: Sequence[Tensor])
     budget = masked - sum(settled)
     if budget <= 0:
         return list(settled), math.nan
-    threshold = torch.cat(list(scores)).kthvalue(budget).values
-    below = [int((s < threshold).sum()) for s in scores]
+    arrays = [s.numpy() for s in scores]
+    threshold = np.partition(np.concatenate(arrays), budget - 1)[budget - 1]
+    below = [int(np.count_nonzero(s < threshold)) for s in arrays]
     ties = budget - sum(below)
     counts: list[int] = []
-    for n, low, s in zip(settled, below, scores, strict=True):
-        here = min(ties, int((s == threshold).sum()))
+    for n, low, s in zip(settled, below, arrays, strict=True):
+        here = min(ties, int(np.count_nonzero(s == threshold)))
         ties -= here
         counts.append(n + low + here)
     return counts, float(threshold)

@@ -201,9 +201,10 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> li
     stride = max(1, int(total / max(_SAMPLE, total ** (2 / 3)))) | 1
     stride += 2 if stride % 3 == 0 else 0
     every = slice(None, None, stride)
-    sample = torch.cat([s[every][k[every]] for s, k in zip(scores, kept, strict=True)])
-    sample = sample[~sample.isnan()].sort().values  # a bound of nan would bound nothing
-    n_kept = sum(int(torch.count_nonzero(k)) for k in kept)
+    sample = np.concatenate([s[every].numpy()[k[every].numpy()] for s, k in zip(scores, kept, strict=True)])
+    # A bound of nan would bound nothing. NumPy sorts floats many times as fast as torch, which carries positions along.
+    sample = np.sort(sample[~np.isnan(sample)])
+    n_kept = sum(int(np.count_nonzero(k.numpy())) for k in kept)
     if not n_kept or not len(sample):
         return [(-math.inf, math.inf)]
     q = need / n_kept
@@ -219,29 +220,42 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> li
 
 def _scan(scores: Sequence[Scores], kept: Sequence[Tensor], low: float, high: float) -> list[Candidates]:
     """One pass over the scores: [low, high) are candidates, below low is settled. A compiled helper can do it here."""
-    found: list[Candidates] = []
-    for layer_scores, keep in zip(scores, kept, strict=True):
-        n = len(layer_scores)
-        settled = torch.empty(n, dtype=torch.bool) if low > -math.inf else None
-        positions: list[Tensor] = []
-        values: list[Tensor] = []
-        n_settled = 0
-        for start in range(0, n, _CHUNK):
-            part = slice(start, min(start + _CHUNK, n))
-            chunk, keep_chunk = layer_scores[part], keep[part]
-            # An open bracket takes +inf too, and nan compares false with everything.
-            inside = (chunk < high) if high < math.inf else (chunk <= high)
-            inside &= keep_chunk
-            if settled is not None:
-                under = torch.lt(chunk, low, out=settled[part])
-                under &= keep_chunk
-                n_settled += int(np.count_nonzero(under.numpy()))
-                inside ^= under
-            here = torch.from_numpy(np.flatnonzero(inside.numpy()))
-            values.append(chunk[here])
-            positions.append(here + start)
-        found.append(Candidates(settled, n_settled, torch.cat(positions), torch.cat(values), high))
-    return found
+    # NumPy compares floats into bools three times as fast as torch does. Its scalars warn where they overflow to inf,
+    # and some builds where they meet a nan; an infinite end is what is meant, and nan is to compare false.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return [_scan_layer(s, k, low, high) for s, k in zip(scores, kept, strict=True)]
+
+
+def _scan_layer(scores: Scores, kept: Tensor, low: float, high: float) -> Candidates:
+    n, keep = len(scores), kept.numpy()
+    # An open bracket takes +inf too.
+    compare = np.less if high < math.inf else np.less_equal
+    settled = np.empty(n, np.bool_) if low > -math.inf else None
+    buffer = np.empty(min(n, _CHUNK), np.bool_)
+    positions: list[np.ndarray] = []
+    found: list[np.ndarray] = []
+    n_settled = 0
+    for start in range(0, n, _CHUNK):
+        part = slice(start, min(start + _CHUNK, n))
+        values = scores[part].numpy()
+        inside = compare(values, values.dtype.type(high), out=buffer[: len(values)])
+        inside &= keep[part]
+        if settled is not None:
+            under = np.less(values, values.dtype.type(low), out=settled[part])
+            under &= keep[part]
+            n_settled += int(np.count_nonzero(under))
+            inside ^= under
+        here = np.flatnonzero(inside)
+        found.append(values[here])
+        here += start
+        positions.append(here)
+    return Candidates(
+        None if settled is None else torch.from_numpy(settled),
+        n_settled,
+        torch.from_numpy(np.concatenate(positions)),
+        torch.from_numpy(np.concatenate(found)),
+        high,
+    )
 
 
 def take(candidates: Candidates, count: int) -> tuple[Tensor, Hint | None]:
