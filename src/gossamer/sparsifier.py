@@ -392,15 +392,20 @@ class Sparsifier:
         weight = layer.target.weight
         tensors = [weight, *state_of(weight)]
         flat = self.masks[layer.target.name].view(-1)
-        if not layer.dims and candidates.settled is None and all(t.is_contiguous() for t in tensors):
-            flat[positions] = False
+        if layer.dims:
+            units = self._units(layer).reshape(-1).clone()
+            if candidates.settled is not None:
+                units ^= candidates.settled  # all of which were kept
+            units[positions] = False
+            self._replace(layer, units, state_of)
+            return hint
+        flat[positions] = False
+        if candidates.settled is None and all(t.is_contiguous() for t in tensors):
             zero_at(tensors, positions)
             return hint
-        units = self._units(layer).reshape(-1).clone()
         if candidates.settled is not None:
-            units &= candidates.settled.logical_not_()
-        units[positions] = False
-        self._replace(layer, units, state_of)
+            flat ^= candidates.settled
+        zero_masked(tensors, self.masks[layer.target.name])
         return hint
 
     def _replace(self, layer: _Layer, units: Tensor, state_of: StateOf) -> None:

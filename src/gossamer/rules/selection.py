@@ -21,7 +21,8 @@ from torch import Tensor
 from gossamer.errors import ArgumentError
 
 _CHUNK = 1 << 18  # units looked at together: small enough that a chunk's temporaries are recycled, not mapped anew
-_SAMPLE = 1 << 14
+_SAMPLE = 1 << 12
+_SMALL = 1 << 15  # with fewer units than this, ordering all of them is quicker than looking for a bracket
 
 
 class Scores(Protocol):
@@ -195,10 +196,10 @@ def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hi
 
 def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> list[tuple[float, float]]:
     total = sum(len(s) for s in scores)
-    if total <= 2 * _SAMPLE:
+    if total <= _SMALL:
         return [(-math.inf, math.inf)]
     # A sample of n^(2/3) leaves about as many candidates; an odd stride that 3 does not divide meets every kernel tap.
-    stride = max(1, int(total / max(_SAMPLE, total ** (2 / 3)))) | 1
+    stride = max(1, int(total / max(_SAMPLE, 4 * total ** (2 / 3)))) | 1
     stride += 2 if stride % 3 == 0 else 0
     every = slice(None, None, stride)
     sample = np.concatenate([s[every].numpy()[k[every].numpy()] for s, k in zip(scores, kept, strict=True)])
@@ -210,7 +211,7 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> li
     q = need / n_kept
     spread = math.sqrt(len(sample) * q * (1 - q))
     brackets: list[tuple[float, float]] = []
-    for sigmas in (4, 16):
+    for sigmas in (3, 16):
         first, last = (round(q * len(sample) + sign * (sigmas * spread + 8)) for sign in (-1, 1))
         low = float(sample[first]) if first >= 0 else -math.inf
         high = float(sample[last]) if last < len(sample) else math.inf
