@@ -71,3 +71,14 @@ def test_a_heavy_import_is_noticed(copy):
     result = run(LOADED, copy / "src", copy)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["matplotlib"]
+
+
+def test_the_star_import_brings_what_it_lists_and_hides_no_module_of_python():
+    code = (
+        "import random\nfrom fastai.vision.all import *\nfrom gossamer.all import *\nimport gossamer.all as names\n"
+        "assert callable(random.seed) and SparsifyCallback and sched_cos\n"
+        "public = {n for n in vars(names) if not n.startswith('_') and n != 'annotations'}\n"
+        "assert public == set(names.__all__), public ^ set(names.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 The criterion `random` is not among the names, since it would hide Python's module of that name; write 'random'.
 """
 
+from gossamer.errors import ArgumentError, FileError, GossamerError, GossamerWarning, StateError, TargetError
 from gossamer.integrations.fastai import SparsifyCallback, SparsityMetric
 from gossamer.plots import plot_schedule, plot_sparsity, plot_training
 from gossamer.report import LayerSparsity, SparsityReport, report
@@ -31,10 +32,14 @@ from gossamer.tickets import Lottery, Ticket, load_ticket
 from gossamer.training import SparseTraining
 
 __all__ = [
+    "ArgumentError",
     "CRITERIA",
     "GRANULARITIES",
     "SCHEDULES",
     "Criterion",
+    "FileError",
+    "GossamerError",
+    "GossamerWarning",
     "Granularity",
     "LayerSparsity",
     "Lottery",
@@ -44,6 +49,8 @@ __all__ = [
     "SparsifyCallback",
     "SparsityMetric",
     "SparsityReport",
+    "StateError",
+    "TargetError",
     "Ticket",
     "agp",
     "cos",

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "fastai; DIR: a folder with one folder of images for each class",
     )
     demo.add_argument("--epochs", type=_positive, default=5, help="epochs of each training (default 5)")
-    demo.add_argument("--sparsity", type=float, default=50, help="percent of the weights to set to zero (default 50)")
+    demo.add_argument("--sparsity", type=_number, default=50, help="percent of the weights to set to zero (default 50)")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
     demo.add_argument("--out", default="demo-output", metavar="FOLDER", help="where results go (default demo-output)")
     return top
@@ -46,6 +46,11 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value == int(value) else value  # so that 50 is printed as 50
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastai.callback.schedule import fit_one_cycle
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import get_image_files
@@ -25,7 +25,7 @@ from torchvision.models import resnet18
 from gossamer.errors import ArgumentError
 from gossamer.integrations.fastai import SparsifyCallback
 from gossamer.plots import plot_sparsity
-from gossamer.report import SparsityReport, report
+from gossamer.report import report
 from gossamer.rules.allocation import as_fraction
 from gossamer.rules.schedules import cos, one_cycle
 
@@ -102,19 +102,18 @@ def layer_targets(sparsity: float) -> dict[str, float]:
 
 
 def _train(name: str, data: str, epochs: int, seed: int, callback: SparsifyCallback | None) -> Result:
+    importlib.import_module("fastai.callback.schedule")  # gives learners their fit_one_cycle
     set_seed(seed, reproducible=True)
-    learn = _learner(data, seed)
+    learn: Any = _learner(data, seed)
     learn.unfreeze()
     began = time.perf_counter()
-    fit_one_cycle(learn, epochs, cbs=[] if callback is None else [callback])
+    learn.fit_one_cycle(epochs, cbs=[] if callback is None else [callback])
     seconds = (time.perf_counter() - began) / epochs
-    model: Any = learn.model
-    rows: SparsityReport = report(model)
-    parameters = [p.detach() for p in model.parameters()]
-    metrics: Any = learn.validate()
+    rows = report(learn.model)
+    parameters = [p.detach() for p in learn.model.parameters()]
     return Result(
         run=name,
-        accuracy=float(metrics[1]),
+        accuracy=float(learn.validate()[1]),
         sparsity=rows.sparsity,
         nonzero=sum(int(torch.count_nonzero(p)) for p in parameters),
         params=sum(p.numel() for p in parameters),
@@ -146,7 +145,9 @@ def _learner(data: str, seed: int) -> Learner:
             f"--data {data!r} holds {len(classes)} folders and {len(get_image_files(folder))} images; it must hold one "
             "folder of images for each class, at least two"
         )
-    dls = ImageDataLoaders.from_folder(folder, valid_pct=0.2, seed=seed, item_tfms=Resize(64), num_workers=0)
+    # fastai drops a last batch that is not full, which must not be all there is.
+    bs = max(2, min(64, len(get_image_files(folder)) // 4))
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=0.2, seed=seed, item_tfms=Resize(64), bs=bs, num_workers=0)
     return vision_learner(dls, resnet18, metrics=accuracy, pretrained=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -79,7 +80,7 @@ class Watch(Callback):
         self.look(self.learn)
 
 
-# -- the tutorial's lines -----------------------------------------------------------------------------------------------
+# -- the tutorial's lines ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("train", "bs"), [(16, 16), (48, 16), (112, 16), (110, 100)])
@@ -145,7 +146,7 @@ def test_metric_false_adds_no_column() -> None:
     assert "sparsity" not in learn.recorder.metric_names
 
 
-# -- the laws -------------------------------------------------------------------------------------------------------------
+# -- the laws ---------------------------------------------------------------------------------------------------------
 
 
 OPTIMIZERS = {
@@ -274,7 +275,7 @@ def test_n_m_pattern_holds_in_the_trained_network() -> None:
     assert set(kept.tolist()) == {2}
 
 
-# -- schedules and criteria as users give them ---------------------------------------------------------------------------
+# -- schedules and criteria as users give them ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,7 +314,7 @@ def test_any_criterion_trains(criteria: Any) -> None:
     assert [r.zeros for r in callback.report().rows] == [36, 576, 1440]
 
 
-# -- lottery tickets ------------------------------------------------------------------------------------------------------
+# -- lottery tickets --------------------------------------------------------------------------------------------------
 
 
 def test_lth_rewinds_at_every_step_of_a_stepwise_schedule(capsys: pytest.CaptureFixture[str]) -> None:
@@ -433,7 +434,7 @@ def test_ticket_dir_is_the_users(tmp_path: Path) -> None:
     assert [p.parent for p in callback.tickets] == [tmp_path / "mine"]
 
 
-# -- around the fit -------------------------------------------------------------------------------------------------------
+# -- around the fit ---------------------------------------------------------------------------------------------------
 
 
 def test_a_second_fit_goes_on_and_never_back(capsys: pytest.CaptureFixture[str]) -> None:
@@ -486,17 +487,15 @@ def test_an_interrupt_leaves_the_masks_of_the_last_step_and_a_callback_that_goes
             at.append(callback.report().zeros)
             raise error("stopped by the test")
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt, RuntimeError):
         quiet(learn, 2, callback, Watch(stop, "after_pred"))
-    except (KeyboardInterrupt, RuntimeError):
-        pass
     assert callback.report().zeros == at[0]
     assert len(learn.metrics) == 1
     quiet(learn, 2, callback)
     assert callback.report().zeros == 2052
 
 
-# -- errors come early ----------------------------------------------------------------------------------------------------
+# -- errors come early ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
