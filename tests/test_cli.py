@@ -42,7 +42,8 @@ def test_the_demo_trains_three_times_on_a_folder(
     assert "Final Sparsity: 60.00%" in printed
     assert printed.count("Sparsity Report:") == 2
     assert f"Saved {out / 'demo.png'}" in printed
-    assert Image.open(out / "demo.png").size[0] > 1000
+    with Image.open(out / "demo.png") as picture:
+        assert picture.size[0] > 1000
 
 
 @pytest.mark.parametrize(

@@ -117,11 +117,11 @@ def select_n_m(scores: Tensor, kept: Tensor, masked: int, m: int) -> Tensor:
         rank[:, j + 1 :] += other <= nested[:, j + 1 :]
     keep = rank >= base
     if extra:
-        at_base = rank == base  # one a block
-        next_scores = nested[at_base]
-        chosen = torch.zeros_like(next_scores, dtype=torch.bool)
-        chosen[torch.argsort(next_scores, stable=True)[:extra]] = True
-        keep[at_base] = ~chosen
+        at_base = rank == base  # one a block, so the sum is that one's score
+        order = torch.argsort(torch.where(at_base, nested, 0.0).sum(1), stable=True)
+        chosen = torch.zeros_like(at_base[:, 0])
+        chosen[order[:extra]] = True
+        keep &= ~(at_base & chosen[:, None])
     return keep.view(kept.shape)
 
 
