@@ -50,7 +50,7 @@ def _positive(text: str) -> int:
 
 def _number(text: str) -> float:
     value = float(text)
-    return int(value) if value == int(value) else value  # so that 50 is printed as 50
+    return int(value) if value.is_integer() else value  # so that 50 is printed as 50
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

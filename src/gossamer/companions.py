@@ -7,6 +7,7 @@ it. Which BatchNorm that is, is read off the traced graph (torch.fx), never off 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,22 +16,39 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from gossamer.errors import GossamerWarning
+
 _NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
-# Modules that leave every channel where it is, so that the normalisation may lie behind them.
+# What leaves every channel where it is, so that the normalisation may lie behind it: modules, functions and methods.
 _CHANNELWISE = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.SiLU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.ELU,
-    nn.Tanh,
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.GELU, nn.Mish, nn.Softplus),
+    *(nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Upsample),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+_CHANNELWISE_NAMES = frozenset(
+    (
+        *(
+            "relu",
+            "relu_",
+            "relu6",
+            "leaky_relu",
+            "leaky_relu_",
+            "prelu",
+            "elu",
+            "elu_",
+            "selu",
+            "celu",
+            "silu",
+            "gelu",
+        ),
+        *("mish", "softplus", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "tanh_"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "interpolate", "contiguous", "clone"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+        "boolean_dispatch",  # what torch.nn.functional calls its own max pooling
+    )
 )
 
 
@@ -78,6 +96,13 @@ def _norm_sources(model: nn.Module) -> dict[nn.Module, set[nn.Module | None]]:
         with torch.random.fork_rng(devices=[]):
             graph = _Tracer().trace(twin)
     except Exception:  # the user's forward meets proxies, and may fail on them in any way at all
+        if any(isinstance(child, _NORMS) for child in model.children()):
+            warnings.warn(
+                f"{type(model).__name__} cannot be traced, so which of its layers its own normalisations follow is not "
+                "known: their scale and shift stay as they are where a filter is masked",
+                GossamerWarning,
+                stacklevel=2,
+            )
         merged: dict[nn.Module, set[nn.Module | None]] = {}
         for child in model.children():
             for norm, sources in _norm_sources(child).items():
@@ -102,11 +127,8 @@ def _source(model: nn.Module, norm: fx.Node) -> nn.Module | None:
 
 
 def _is_channelwise_call(node: fx.Node) -> bool:
-    functions: tuple[Any, ...] = (torch.relu, nn.functional.relu, nn.functional.silu, nn.functional.gelu)
-    methods = ("relu", "relu_", "tanh", "contiguous", "clone")
-    return (node.op == "call_function" and node.target in functions) or (
-        node.op == "call_method" and node.target in methods
-    )
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _CHANNELWISE_NAMES
 
 
 def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -15,7 +15,16 @@ from gossamer.errors import ArgumentError, FileError, GossamerWarning, TargetErr
 from gossamer.evidence import Evidence, ScoresOnDemand, widen
 from gossamer.masks import Masks, zero_at, zero_masked
 from gossamer.report import SparsityReport, report_of
-from gossamer.rules.allocation import Context, as_context, count, global_counts, pooled_counts, round_kept
+from gossamer.rules.allocation import (
+    Context,
+    as_context,
+    check_round_to,
+    check_target,
+    count,
+    global_counts,
+    pooled_counts,
+    round_kept,
+)
 from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.granularity import Granularity, as_granularity, expand, output_channels, pool, units_of
 from gossamer.rules.selection import Candidates, Hint, hint_after, nest, select, select_n_m, survey, take
@@ -81,7 +90,7 @@ class Sparsifier:
         self.evidence = Evidence(self.criterion, weights, seed)
         self._companions = self._find_companions()
         self._hints: dict[str, Hint | None] = {}
-        self._pooled = 0  # what a global context masks in all layers together
+        self._pooled: tuple[int, int | None] = (0, None)  # the goal of a global context, and its rounding
 
     def sparsify_model(self, sparsity: float | Mapping[str, float], round_to: int | None = None) -> None:
         """Makes every layer as sparse as asked, at once.
@@ -103,13 +112,7 @@ class Sparsifier:
         """
         fractions = self.resolve(sparsity, round_to)
         self.check_weights()
-        if all(self.evidence.unchanged(t.name, t.weight) for t in self.targets):
-            warnings.warn(
-                f"criterion {self.criterion.name!r} measures change, and no weight has changed since the run began: "
-                "all scores tie, and the first positions are masked",
-                GossamerWarning,
-                stacklevel=2,
-            )
+        self.warn_unchanged(fractions)
         self.move(fractions, round_to)
 
     def sparsify_layer(self, layer: str | nn.Module, sparsity: float, round_to: int | None = None) -> None:
@@ -131,6 +134,11 @@ class Sparsifier:
             >>> [r.zeros for r in sparsifier.report().rows]
             [0, 4]
         """
+        if self.context.kind == "global":
+            raise ArgumentError(
+                "sparsify_layer cannot make one layer compete with all others, as context='global' means; use "
+                "context='local', or sparsify_model"
+            )
         if isinstance(layer, str):
             name = layer
         else:
@@ -170,24 +178,15 @@ class Sparsifier:
                 "target a layer"
             )
         fractions = resolve_sparsity(sparsity, self._layers)
-        pattern = self.context.fraction
-        for name, fraction in fractions.items():
-            if pattern is not None and fraction not in (0, pattern):
-                raise ArgumentError(
-                    f"context '{self.context}' masks {float(pattern * 100):g} % of every layer, got sparsity "
-                    f"{float(fraction * 100):g} for {name!r}; pass sparsity={float(pattern * 100):g}"
-                )
-        if round_to is not None:
-            if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-                raise ArgumentError(f"round_to={round_to!r} is no positive integer; None rounds nothing")
-            most = max(layer.n_units for layer in self._layers.values())
-            if round_to > most:
-                raise ArgumentError(
-                    f"round_to={round_to} is more than any layer has ({most} units of granularity "
-                    f"{self.granularity.name!r}), so nothing would be masked; use at most {most}"
-                )
-            if self.context.m:
-                raise ArgumentError(f"round_to={round_to} would break the pattern {self.context}; use round_to=None")
+        for fraction in fractions.values():
+            check_target(fraction, self.context)
+        check_round_to(round_to, self.context)
+        most = max(self._layers[name].n_units for name in fractions)
+        if round_to is not None and round_to > most:
+            raise ArgumentError(
+                f"round_to={round_to} is more than any layer with a target has ({most} units of granularity "
+                f"{self.granularity.name!r}), so nothing would be masked; use at most {most}"
+            )
         return fractions
 
     def check_weights(self) -> None:
@@ -205,6 +204,17 @@ class Sparsifier:
                     f"layer {target.name!r} has nan or infinite weights, which no criterion can rank; "
                     "restore a checkpoint from before, or lower the learning rate"
                 )
+
+    def warn_unchanged(self, layers: Iterable[str]) -> None:
+        """Warns where the criterion measures change and some of these layers have not changed, so that scores tie."""
+        still = [n for n in layers if self.evidence.unchanged(n, self._layers[n].target.weight)]
+        if still:
+            warnings.warn(
+                f"criterion {self.criterion.name!r} measures change, and the weights of {', '.join(still)} have not "
+                "changed: all their scores tie, and the first positions are masked",
+                GossamerWarning,
+                stacklevel=3,
+            )
 
     def move(
         self, fractions: Mapping[str, Fraction], round_to: int | None = None, state_of: StateOf = lambda _: ()
@@ -268,7 +278,7 @@ class Sparsifier:
         self.masks, self._hints = loaded, {}
         for layer in self._layers.values():
             layer.masked = layer.n_units - int(torch.count_nonzero(self._units(layer)))
-        self._pooled = sum(layer.masked or 0 for layer in self._layers.values())
+        self._pooled = (sum(layer.masked or 0 for layer in self._layers.values()), None)
 
     def release(self) -> None:
         """Lets go: masks are all True again, and weights may grow where they were masked."""
@@ -276,7 +286,7 @@ class Sparsifier:
             self.masks[name].fill_(True)
             layer.masked = 0
         self._hints = {}
-        self._pooled = 0
+        self._pooled = (0, None)
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
@@ -310,8 +320,7 @@ class Sparsifier:
     # -- moving -------------------------------------------------------------------------------------------------------
 
     def _is_fast(self, layer: _Layer) -> bool:
-        weight = layer.target.weight
-        return weight.device.type == "cpu" and weight.is_contiguous() and not self.context.m
+        return layer.target.weight.device.type == "cpu" and not self.context.m
 
     def _flat_scores(self, layer: _Layer) -> Tensor | ScoresOnDemand:
         if not layer.dims and self.criterion.elementwise:
@@ -336,9 +345,9 @@ class Sparsifier:
         now = [layer.masked for layer in layers]
         known = [n for n in now if n is not None]
         fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
-        if goal == self._pooled and round_to is None:
+        if (goal, round_to) == self._pooled:
             return {}
-        self._pooled = goal
+        self._pooled = (goal, round_to)
         if not fast or goal < sum(known) or round_to is not None:
             return self._select_global(layers, goal, round_to, state_of)
         need = goal - sum(known)
@@ -426,7 +435,11 @@ class Sparsifier:
         whole = [t for t in self.targets if {t.axes[d] for d in self._layers[t.name].dims} == set(t.axes) - {"g", "o"}]
         if not whole:
             return {}
-        return find_companions(self.model, {t.name: t.module for t in whole if not isinstance(t.module, nn.Embedding)})
+        # A weight may serve several layers, and each has a bias and a normalisation of its own.
+        users = {t.name: (t.module, *t.shared_with) for t in whole if not isinstance(t.module, nn.Embedding)}
+        modules = {f"{i} {name}": m for name, ms in users.items() for i, m in enumerate(ms)}
+        parts = find_companions(self.model, modules)
+        return {name: [p for i in range(len(ms)) for p in parts[f"{i} {name}"]] for name, ms in users.items()}
 
     def _masked_companions(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for name, parameters in self._companions.items():

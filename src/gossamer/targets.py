@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -30,7 +30,7 @@ AXES: Mapping[type[nn.Module], str] = MappingProxyType(
 )
 """The letters of a weight's axes, by type of layer (subclasses included)."""
 
-LayerTypes = type[nn.Module] | tuple[type[nn.Module], ...]
+LayerTypes = type[nn.Module] | Sequence[type[nn.Module]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +42,14 @@ class Target:
         module: the layer.
         axes: letters of the axes that the weight is cut along.
         view: their lengths; the weight's shape, but for grouped transposed convolutions.
+        shared_with: other layers that use the same weight.
     """
 
     name: str
     module: nn.Module
     axes: str
     view: tuple[int, ...]
+    shared_with: tuple[nn.Module, ...] = ()
 
     @property
     def weight(self) -> nn.Parameter:
@@ -85,16 +87,20 @@ def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: 
     left_out: set[str] = set()
     for pattern in (exclude,) if isinstance(exclude, str) else exclude:
         left_out |= set(match_layers(pattern, layers, what="exclude"))
-    seen: set[int] = set()
+    users: dict[int, list[nn.Module]] = {}
+    for name, module in layers.items():
+        if name not in left_out:
+            users.setdefault(id(_maskable(name, module)), []).append(module)
     targets: list[Target] = []
     for name, module in layers.items():
         if name in left_out:
             continue
         weight = _maskable(name, module)
-        if id(weight) not in seen:
-            seen.add(id(weight))
+        first, *others = users[id(weight)]
+        if first is module:
             axes = next(letters for kind, letters in AXES.items() if isinstance(module, kind))
-            targets.append(Target(name, module, *view_of(axes, weight.shape, getattr(module, "groups", 1))))
+            view = view_of(axes, weight.shape, getattr(module, "groups", 1))
+            targets.append(Target(name, module, *view, shared_with=tuple(others)))
     if not targets:
         kinds = ", ".join(t.__name__ for t in types)
         have = sorted({type(m).__name__ for m in model.modules() if isinstance(m, tuple(AXES))})
@@ -115,10 +121,10 @@ def as_layer_types(layer_type: LayerTypes) -> tuple[type[nn.Module], ...]:
         >>> as_layer_types(nn.Linear)
         (<class 'torch.nn.modules.linear.Linear'>,)
     """
-    types = layer_type if isinstance(layer_type, tuple) else (layer_type,)
+    types = tuple(layer_type) if isinstance(layer_type, Sequence) else (layer_type,)
     known = ", ".join(t.__name__ for t in AXES)
     if not types:
-        raise ArgumentError(f"layer_type is an empty tuple; use one or several of {known}")
+        raise ArgumentError(f"layer_type is empty; use one or several of {known}")
     for kind in types:
         if not isinstance(kind, type) or not issubclass(kind, tuple(AXES)):
             given = getattr(kind, "__name__", repr(kind))

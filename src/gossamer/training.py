@@ -105,16 +105,8 @@ class SparseTraining:
         self.steps_done = 0
         self.progress = 0.0
         self._floor = 0.0
-        self.optimizer = optimizer
-
-    @property
-    def optimizer(self) -> HasState | None:
-        """The optimizer whose state is kept zero under the masks; a new one may take its place at any time."""
-        return self._optimizer
-
-    @optimizer.setter
-    def optimizer(self, optimizer: HasState | None) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer  # a new one may take its place at any time
+        self._warned = False
 
     def step(self, position: float | None = None) -> bool:
         """Follows one step of the optimizer: moves the masks to where the schedule stands, and applies them.
@@ -136,7 +128,7 @@ class SparseTraining:
                     "a position to step"
                 )
             position = min(1.0, done / self.total_steps)
-        moved = bool(self.move_to(position))
+        moved: bool = self.move_to(position)
         self.steps_done = done
         return moved
 
@@ -150,16 +142,22 @@ class SparseTraining:
         Returns:
             Whether progress changed.
         """
-        progress = max(self._floor, self.schedule(position))
+        progress = self.schedule(position)
+        if progress >= self._floor:
+            self._floor = 0.0  # the schedule has caught up, and leads from here on, down again too
+        progress = max(self._floor, progress)
         changed = progress != self.progress
         self.progress = progress
-        self.sparsifier.move(self.fractions(), self.round_to, optimizer_tensors(self._optimizer))
+        if changed and not self._warned:
+            self._warned = True
+            self.sparsifier.warn_unchanged(self.targets)
+        self.sparsifier.move(self.fractions(), self.round_to, optimizer_tensors(self.optimizer))
         return changed
 
     @torch.no_grad()
     def hold(self) -> None:
         """Applies the masks where they stand, to the weights and to the optimizer's state."""
-        self.sparsifier.apply(optimizer_tensors(self._optimizer))
+        self.sparsifier.apply(optimizer_tensors(self.optimizer))
 
     def fractions(self) -> dict[str, Fraction]:
         """The fraction of units that each layer masks at the present progress."""
@@ -201,6 +199,7 @@ class SparseTraining:
             "total_steps": self.total_steps,
             "progress": self.progress,
             "floor": self._floor,
+            "rules": self._rules(),
             "tensors": self.sparsifier.state_dict(),
         }
 
@@ -208,13 +207,34 @@ class SparseTraining:
         """Takes back what `state_dict` gave; the run goes on exactly where that one was.
 
         Raises:
-            FileError: a newer version, or masks of another network.
+            FileError: a newer version, masks of another network, or a run by other rules.
         """
         if state.get("version") != _VERSION:
             raise FileError(f"run state of version {state.get('version')!r}; this Gossamer reads version {_VERSION}")
+        missing = [key for key in self.state_dict() if key not in state]
+        if missing:
+            raise FileError(f"run state without {missing[0]!r}; it is no state_dict of a SparseTraining")
+        for rule, here in self._rules().items():
+            there = state["rules"].get(rule)
+            if there != here:
+                raise FileError(
+                    f"run state of other rules: {rule} is {there!r} there and {here!r} here; make the run as "
+                    "that one was"
+                )
         self.sparsifier.load_state_dict(state["tensors"])
         self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
         self.progress, self._floor = state["progress"], state["floor"]
+
+    def _rules(self) -> dict[str, Any]:
+        sparsifier = self.sparsifier
+        return {
+            "granularity": sparsifier.granularity.name,
+            "context": str(sparsifier.context),
+            "criteria": sparsifier.criterion.name,
+            "schedule": self.schedule.name,
+            "round_to": self.round_to,
+            "targets": {name: str(fraction) for name, fraction in self.targets.items()},
+        }
 
 
 def _checked_steps(total_steps: int | None) -> int | None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Metric
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError, StateError
+from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
-from gossamer.rules.allocation import Context, as_context, as_fraction
+from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target
 from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.granularity import Granularity, as_granularity
 from gossamer.rules.schedules import Schedule, as_schedule
 from gossamer.sparsifier import Sparsifier
-from gossamer.targets import LayerTypes, as_layer_types
+from gossamer.targets import LayerTypes, Target, as_layer_types
 from gossamer.tickets import Lottery
 from gossamer.training import SparseTraining
 
@@ -49,6 +50,22 @@ class SparsityMetric(Metric):
     def name(self) -> str:
         """The column's name."""
         return "sparsity"
+
+
+class _Announcer(Callback):
+    """Speaks for a SparsifyCallback once all others have acted: fastai's row is out, a best checkpoint is loaded."""
+
+    order = 70
+    run_valid = False
+
+    def __init__(self, speaker: SparsifyCallback) -> None:
+        self._speaker = speaker
+
+    def after_epoch(self) -> None:
+        self._speaker.say_epoch()
+
+    def after_fit(self) -> None:
+        self._speaker.say_end()
 
 
 class SparsifyCallback(Callback):
@@ -121,11 +138,16 @@ class SparsifyCallback(Callback):
         self.criteria = as_criterion(criteria)
         self.schedule = as_schedule(schedule)
         for percent in self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]:
-            as_fraction(percent)
+            check_target(as_fraction(percent), self.context)
+        check_round_to(round_to, self.context)
         if isinstance(self.sparsity, dict) and self.context.kind == "global":
             raise ArgumentError("a sparsity for each layer needs context='local'; with 'global' give one number")
         if isinstance(rewind_epoch, bool) or not isinstance(rewind_epoch, int) or rewind_epoch < 0:
             raise ArgumentError(f"rewind_epoch={rewind_epoch!r} is no epoch; epochs count from 0")
+        if rewind_epoch and not (lth or reset_end or save_tickets):
+            raise ArgumentError(
+                f"rewind_epoch={rewind_epoch} has nothing to rewind; add lth=True, reset_end=True or save_tickets=True"
+            )
         self.lth, self.rewind_epoch, self.reset_end, self.save_tickets = lth, rewind_epoch, reset_end, save_tickets
         self.round_to, self.layer_type = round_to, as_layer_types(layer_type)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -153,7 +175,7 @@ class SparsifyCallback(Callback):
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
         if learn is None and self.learn is not None:
-            self._remove_metric(self.learn)
+            self._clean_up(self.learn)
         self.__dict__["_learn"] = learn
 
     # -- events -------------------------------------------------------------------------------------------------------
@@ -162,6 +184,7 @@ class SparsifyCallback(Callback):
         """Makes the run, or goes on with the one that there is."""
         learn = self._learner()
         if self._only_validates:
+            self._clean_up(learn)  # what a fit that was interrupted left behind
             return
         self._hold_only = hasattr(learn, "lr_finder")
         if hasattr(learn, "non_native_mixed_precision"):
@@ -169,6 +192,11 @@ class SparsifyCallback(Callback):
                 "to_non_native_fp16() keeps a second copy of the weights that masks would not reach; use to_fp16()"
             )
         model: Any = self._part if self._part is not None else learn.model
+        if self._part is not None and not any(m is self._part for m in cast(nn.Module, learn.model).modules()):
+            raise ArgumentError(
+                f"model={type(self._part).__name__} is no part of the learner's model, so training would not reach it; "
+                "give a part of it, such as model=learn.model[0]"
+            )
         if self.sparse is None or self.sparse.sparsifier.model is not model:
             if self._hold_only:
                 return
@@ -180,13 +208,11 @@ class SparsifyCallback(Callback):
         self._check_rewind(learn)
         self.sparse.restart()
         self._line, self._rewind_due = "", False
-        self._add_metric(learn)
+        self._clean_up(learn)
+        learn.add_cb(_Announcer(self))
+        if self.metric:
+            learn.metrics = [*learn.metrics, SparsityMetric(self)]
         self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
-
-    def before_epoch(self) -> None:
-        """Prints the line of the epoch before, once fastai has printed its row."""
-        if not self._only_validates:
-            self._flush()
 
     def before_train(self) -> None:
         """Rewinds what is due, and saves the weights to rewind to."""
@@ -231,26 +257,49 @@ class SparsifyCallback(Callback):
         end = (learn.epoch + 1) / learn.n_epoch
         if not self._cancelled and self._position != end:
             self._move(end)
-        self.history.append({"epoch": learn.epoch, "position": end, "sparsity": self.sparsity_now()})
+        sparsity = self.sparsity_now()
+        position = max(self._position, learn.epoch / learn.n_epoch) if self._cancelled else end
+        self.history.append({"epoch": learn.epoch, "position": position, "sparsity": sparsity})
         average = "avg=" if isinstance(self.sparsity, dict) else ""
-        self._line = f"Sparsity at the end of epoch {learn.epoch}: {average}{self.sparsity_now():.2f}%"
+        self._line = f"Sparsity at the end of epoch {learn.epoch}: {average}{sparsity:.2f}%"
 
     def after_fit(self) -> None:
-        """Ends the run: the last line, the supermask network where it was asked for, and the report."""
+        """Puts the saved weights back where the supermask network was asked for."""
         if self.sparse is None or self._hold_only or self._only_validates:
             return
-        self._flush()
         if self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
             self._lottery.rewind()
             self._say(f"Weights reset to those of epoch {self._lottery.epoch}")
+
+    # -- what is said -------------------------------------------------------------------------------------------------
+
+    def say_epoch(self) -> None:
+        """Prints the epoch's line, once fastai has printed its row."""
+        if self._line:
+            self._say(self._line)
+        self._line = ""
+
+    def say_end(self) -> None:
+        """Prints the final lines, counted from the weights that the fit leaves, and ends the fit's own additions."""
+        learn = self._learner()
+        if self._only_validates or self.sparse is None:
+            return
         report = self.report()
+        if any(bool(t.weight.detach()[~m].any()) for t, m in self._masked()):
+            warnings.warn(
+                f"weights that were loaded after training do not have the final masks: {report.sparsity:.2f} % are zero. "
+                "A best checkpoint from before the target does that; save each epoch and pick a later one, or drop the "
+                "callback that loads it",
+                GossamerWarning,
+                stacklevel=2,
+            )
         if isinstance(self.sparsity, dict):
             final = str({r.layer: round(r.sparsity, 2) for r in report.rows if r.layer in self.sparse.targets})
         else:
             final = f"{report.sparsity:.2f}%"
         self._say(f"Final Sparsity: {final}")
         self._say(str(report))
-        self._remove_metric(self._learner())
+        self._clean_up(learn)
 
     # -- what a user asks ---------------------------------------------------------------------------------------------
 
@@ -265,11 +314,10 @@ class SparsifyCallback(Callback):
     def sparsity_now(self) -> float:
         """Percent of zeros now: of all weights that take part or, with a dict, the average over the layers it names."""
         run = self._run()
-        rows = run.report().rows
         if isinstance(self.sparsity, dict):
-            named = [r.sparsity for r in rows if r.layer in run.targets]
-            return sum(named) / len(named) if named else 0.0
-        return SparsityReport(rows).sparsity
+            named = [r.sparsity for r in run.report().rows if r.layer in run.targets]
+            return sum(named) / len(named)
+        return run.report().sparsity
 
     def release(self) -> None:
         """Lets go of the masks: from now on every weight may grow again.
@@ -320,6 +368,7 @@ class SparsifyCallback(Callback):
             seed=self.seed,
         )
         self.sparse = SparseTraining(sparsifier, None, self.sparsity, self.schedule, round_to=self.round_to)
+        self.history, self.tickets, self._said, self._lottery = [], [], set(), None
         if self.lth or self.reset_end or self.save_tickets:
             self._lottery = Lottery(self.sparse)
 
@@ -368,22 +417,17 @@ class SparsifyCallback(Callback):
         self.tickets.append(path)
         self._say(f"Saving ticket {path}")
 
-    def _add_metric(self, learn: Learner) -> None:
-        self._remove_metric(learn)
-        if self.metric:
-            learn.metrics = [*learn.metrics, SparsityMetric(self)]
+    def _masked(self) -> list[tuple[Target, Tensor]]:
+        sparsifier = self._run().sparsifier
+        return [(t, sparsifier.masks.on(t.name, t.weight.device)) for t in sparsifier.targets]
 
-    def _remove_metric(self, learn: Learner) -> None:
-        learn.metrics = learn.metrics.filter(lambda m: not isinstance(m, SparsityMetric))
+    def _clean_up(self, learn: Learner) -> None:
+        learn.metrics = learn.metrics.filter(lambda m: getattr(m, "_callback", None) is not self)
+        learn.remove_cbs([c for c in learn.cbs if isinstance(c, _Announcer) and c._speaker is self])
 
     def _reset_epoch(self) -> None:
         self._position = -1.0
         self._cancelled = False
-
-    def _flush(self) -> None:
-        if self._line:
-            self._say(self._line)
-        self._line = ""
 
     def _say(self, text: str) -> None:
         if self.verbose:

@@ -132,6 +132,40 @@ def round_kept(masked: int, n: int, multiple: int) -> int:
     return n - min(max(kept, multiple), n)
 
 
+def check_round_to(round_to: int | None, context: Context) -> None:
+    """Makes sure that kept units can be rounded to a multiple.
+
+    Raises:
+        ArgumentError: no positive integer, or a context in which rounding would break the pattern.
+
+    Example:
+        >>> check_round_to(8, as_context("local"))
+    """
+    if round_to is None:
+        return
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ArgumentError(f"round_to={round_to!r} is no positive integer; None rounds nothing")
+    if context.m:
+        raise ArgumentError(f"round_to={round_to} would break the pattern {context}; use round_to=None")
+
+
+def check_target(fraction: Fraction, context: Context) -> None:
+    """Makes sure that a context can meet a target.
+
+    Raises:
+        ArgumentError: an N:M pattern means another sparsity.
+
+    Example:
+        >>> check_target(as_fraction(50), as_context("2:4"))
+    """
+    pattern = context.fraction
+    if pattern is not None and fraction not in (0, pattern):
+        raise ArgumentError(
+            f"context '{context}' masks {float(pattern * 100):g} % of every layer, got sparsity "
+            f"{float(fraction * 100):g}; pass sparsity={float(pattern * 100):g}"
+        )
+
+
 def pooled_counts(masked: int, settled: Sequence[int], scores: Sequence[Tensor]) -> tuple[list[int], float]:
     """Splits a budget over layers that compete: the lowest scores of all go, ties in the order of the layers.
 
@@ -166,12 +200,12 @@ def pooled_counts(masked: int, settled: Sequence[int], scores: Sequence[Tensor])
 def global_counts(masked: int, scores: Sequence[Tensor]) -> Tensor:
     """The same split found by counting alone: no sort, no copy to the host, memory that does not grow with the model.
 
-    Scores of float32 order like integers, so 32 halvings of the integers, each one count over every layer, end at the
-    threshold exactly.
+    Floats order like the integers that their bits spell, so 32 halvings of the integers (64 where a score is float64),
+    each one count over every layer, end at the threshold exactly.
 
     Args:
         masked: units to mask in all layers together.
-        scores: for each layer, a score for every unit; float32, no nan.
+        scores: for each layer, a score for every unit; float32 or float64, no nan.
 
     Returns:
         int64, one count a layer, on the scores' device.
@@ -180,11 +214,13 @@ def global_counts(masked: int, scores: Sequence[Tensor]) -> Tensor:
         >>> global_counts(2, [torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.3])]).tolist()
         [1, 1]
     """
-    keys = [_order_keys(s) for s in scores]
-    low = torch.full((), torch.iinfo(torch.int32).min, dtype=torch.int64, device=keys[0].device)
-    high = torch.full_like(low, torch.iinfo(torch.int32).max)
-    for _ in range(32):
-        middle = torch.div(low + high, 2, rounding_mode="floor")
+    wide = any(s.dtype == torch.float64 for s in scores)
+    keys = [_order_keys(s, wide) for s in scores]
+    ends = torch.iinfo(keys[0].dtype)
+    low = torch.full((), ends.min, dtype=torch.int64, device=keys[0].device)
+    high = torch.full_like(low, ends.max)
+    for _ in range(ends.bits):
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, rounded down, of numbers whose sum may not fit
         enough = torch.stack([(k <= middle).sum() for k in keys]).sum() >= masked
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
     below = torch.stack([(k < high).sum() for k in keys])
@@ -193,7 +229,8 @@ def global_counts(masked: int, scores: Sequence[Tensor]) -> Tensor:
     return below + torch.minimum((masked - below.sum() - before).clamp(min=0), ties)
 
 
-def _order_keys(scores: Tensor) -> Tensor:
+def _order_keys(scores: Tensor, wide: bool) -> Tensor:
     # Positive floats order like their bits; negative ones the other way round. Adding 0 makes -0.0 equal 0.0.
-    bits = (scores.reshape(-1).float() + 0.0).view(torch.int32)
-    return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+    bits = (scores.reshape(-1).to(floats) + 0.0).view(ints)
+    return torch.where(bits >= 0, bits, bits ^ torch.iinfo(ints).max)

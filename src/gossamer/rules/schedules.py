@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gossamer.errors import ArgumentError
 from gossamer.registry import Registry
 
-_GRID = 101  # positions at which a schedule is tried when it is made
+_GRIDS = (100, 1000)  # at how many positions a schedule is tried when it is made
 _SLACK = 1e-6  # rounding that a schedule may leave [0, 1] by
+_SNAP = 1e-9  # rounding that it may miss 0 or 1 by, which would cost a weight
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Schedule:
     end_pct: float = 1.0
     stepwise: bool | None = None
     name: str = ""
+    _arity: int = field(init=False, repr=False, compare=False, default=1)
 
     def __post_init__(self) -> None:
         if not callable(self.func):
@@ -64,9 +66,10 @@ class Schedule:
             own = getattr(self.func, "__name__", "") or type(self.func).__name__
             object.__setattr__(self, "name", "custom" if own == "<lambda>" else own)
         object.__setattr__(self, "_arity", _arity(self.func))
-        values = {self._at(i / (_GRID - 1)) for i in range(_GRID)}
+        coarse, fine = (len({self._at(i / n) for i in range(n + 1)}) for n in _GRIDS)
         if self.stepwise is None:
-            object.__setattr__(self, "stepwise", len(values) <= _GRID // 3)
+            # A step function shows no new values to a closer look; a ramp with a plateau does.
+            object.__setattr__(self, "stepwise", fine <= coarse <= _GRIDS[0] // 3)
 
     def __call__(self, fraction: float) -> float:
         """Progress at a fraction of training.
@@ -100,8 +103,7 @@ class Schedule:
         return replace(self, start_pct=start_pct, end_pct=end_pct)
 
     def _at(self, pos: float) -> float:
-        arity: int = object.__getattribute__(self, "_arity")
-        value = self.func(pos) if arity == 1 else self.func(0.0, 1.0, pos)
+        value = self.func(pos) if self._arity == 1 else self.func(0.0, 1.0, pos)
         try:
             progress = float(value)
         except (TypeError, ValueError):
@@ -113,7 +115,9 @@ class Schedule:
                 f"schedule {self.name!r} gives {progress:g} at position {pos:g}; progress runs from 0 to 1 and is "
                 "multiplied with the target sparsity"
             )
-        return min(1.0, max(0.0, progress))
+        if progress < _SNAP:
+            return 0.0
+        return progress if progress < 1 - _SNAP else 1.0
 
 
 def _arity(func: Callable[..., Any]) -> int:
