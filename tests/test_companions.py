@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gossamer import GossamerWarning, Sparsifier
 from gossamer.companions import find_companions
 
 
@@ -133,3 +135,48 @@ def test_looking_leaves_no_trace_on_a_model_whose_forward_keeps_things():
     assert set(model.state_dict()) == buffers
     assert (model.calls, len(model.seen), float(model.steps)) == (0, 0, 0.0)
     assert torch.equal(torch.get_rng_state(), random_numbers)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(F.max_pool2d(F.leaky_relu(self.conv(x)), 2))
+
+
+class Undecided(Functional):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x)) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    "between", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.PReLU(), nn.Mish(), nn.Upsample(scale_factor=2)]
+)
+def test_a_norm_is_found_behind_whatever_leaves_channels_in_their_place(between: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), between, nn.BatchNorm2d(4))
+    found = find_companions(net, {"0": net[0]})["0"]
+    assert [id(p) for p in found] == [id(p) for p in (net[0].bias, net[2].weight, net[2].bias)]
+
+
+def test_a_norm_is_found_behind_functions_too() -> None:
+    net = Functional()
+    assert len(find_companions(net, {"conv": net.conv})["conv"]) == 3
+
+
+def test_a_model_that_cannot_be_traced_is_said_to_keep_its_norms() -> None:
+    net = Undecided()
+    with pytest.warns(GossamerWarning, match="Undecided cannot be traced"):
+        found = find_companions(net, {"conv": net.conv})
+    assert [id(p) for p in found["conv"]] == [id(net.conv.bias)]
+
+
+def test_every_user_of_a_shared_weight_falls_silent() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    net[2].weight = net[0].weight
+    Sparsifier(net, "filter").sparsify_model(50)
+    dead = (net[0].weight == 0).flatten(1).all(1)
+    assert int(dead.sum()) == 2
+    for parameter in (net[0].bias, net[1].weight, net[1].bias, net[2].bias, net[3].weight, net[3].bias):
+        assert not parameter[dead].any()

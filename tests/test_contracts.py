@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import plain
-from gossamer import CRITERIA, GRANULARITIES, GossamerError, Sparsifier
+from gossamer import CRITERIA, GRANULARITIES, SCHEDULES, GossamerError, Sparsifier
 from gossamer.rules.allocation import as_context
 from gossamer.rules.granularity import fits
 from gossamer.targets import find_targets
@@ -192,3 +193,10 @@ def test_the_memory_layout_of_a_weight_makes_no_difference(context, criterion):
         assert model[0].weight.is_contiguous(memory_format=layout)
         results.append(sparsifier.masks.state_dict())
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+@pytest.mark.parametrize("rules", [CRITERIA, GRANULARITIES, SCHEDULES], ids=lambda r: r.kind)
+def test_every_registered_rule_survives_pickle(rules) -> None:
+    for name in rules:
+        again = pickle.loads(pickle.dumps(rules[name]))
+        assert again == rules[name], name

@@ -449,3 +449,13 @@ def test_printing_prints_the_report(capsys):
     sparsifier.sparsify_model(50)
     sparsifier.print_sparsity()
     assert capsys.readouterr().out.strip() == str(sparsifier.report())
+
+
+def test_one_layer_cannot_compete_alone_in_a_global_context():
+    with pytest.raises(ArgumentError, match="sparsify_layer cannot make one layer compete"):
+        Sparsifier(nn.Linear(4, 4), context="global", layer_type=nn.Linear).sparsify_layer("", 50)
+
+
+def test_a_list_of_layer_types_is_as_good_as_a_tuple():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))
+    assert len(Sparsifier(net, layer_type=[nn.Conv2d, nn.Linear]).targets) == 2

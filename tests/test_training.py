@@ -15,6 +15,7 @@ from gossamer import (
     SCHEDULES,
     ArgumentError,
     FileError,
+    GossamerWarning,
     Schedule,
     SparseTraining,
     Sparsifier,
@@ -516,3 +517,32 @@ def test_forgetting_is_as_if_it_had_never_stepped():
     train_step(model, optimizer, 1)
     assert float(optimizer.state[model[0].weight]["step"]) == 1
     assert float(optimizer.state[model[4].weight]["step"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"sparsity": 60}, "targets"),
+        ({"schedule": "cos"}, "schedule is 'one_cycle' there and 'cos' here"),
+        ({"granularity": "filter", "layer_type": nn.Conv2d}, "granularity"),
+        ({"context": "global"}, "context"),
+        ({"criteria": "random"}, "criteria"),
+    ],
+)
+def test_the_state_of_a_run_by_other_rules_is_refused(other, words):
+    state = start()[2].state_dict()
+    with pytest.raises(FileError, match=words):
+        start(**other)[2].load_state_dict(state)
+
+
+def test_a_state_with_something_missing_is_refused():
+    with pytest.raises(FileError, match="without 'steps_done'"):
+        start()[2].load_state_dict({"version": 1})
+
+
+def test_a_criterion_of_change_warns_once_where_nothing_has_changed():
+    _, _, run = start(criteria="movement")
+    with pytest.warns(GossamerWarning, match="measures change"):
+        run.step()
+    run.step()
+    assert run.report().zeros > 0

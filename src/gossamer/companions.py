@@ -44,7 +44,7 @@ _CHANNELWISE_NAMES = frozenset(
             "silu",
             "gelu",
         ),
-        *("mish", "softplus", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "tanh_"),
+        *("gelu", "mish", "softplus", "hardswish", "hardtanh", "hardsigmoid", "sigmoid", "sigmoid_", "tanh", "tanh_"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "interpolate", "contiguous", "clone"),
         *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
         "boolean_dispatch",  # what torch.nn.functional calls its own max pooling

@@ -162,3 +162,17 @@ def test_a_context_that_is_none_is_refused_early(bad):
 def test_contexts_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Context("local").kind = "global"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counting_tells_apart_what_the_dtype_does(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    layers = [1 + step * torch.arange(0, 20, 2, dtype=dtype), 1 + step * torch.arange(1, 21, 2, dtype=dtype)]
+    for masked in range(21):
+        assert global_counts(masked, layers).tolist() == [(masked + 1) // 2, masked // 2]
+
+
+def test_counting_spans_the_whole_range_of_float64() -> None:
+    most = torch.finfo(torch.float64).max
+    layers = [torch.tensor([-most, 0.0, most], dtype=torch.float64), torch.tensor([-math.inf, math.inf])]
+    assert [global_counts(n, layers).tolist() for n in range(6)] == [[0, 0], [0, 1], [1, 1], [2, 1], [3, 1], [3, 2]]

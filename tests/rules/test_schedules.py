@@ -155,3 +155,23 @@ def test_a_position_outside_training_is_refused(position):
 def test_schedules_cannot_be_changed(name):
     with pytest.raises(dataclasses.FrozenInstanceError):
         SCHEDULES[name].start_pct = 0.3
+
+
+def test_a_schedule_that_ends_a_rounding_error_below_one_ends_at_one() -> None:
+    assert 0.7 + 0.2 + 0.1 < 1
+    assert Schedule(lambda pos: 0.7 * pos + 0.2 * pos + 0.1 * pos)(1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("func", "stepwise"),
+    [
+        (lambda pos: 1.0, True),
+        (lambda pos: float(pos >= 0.5), True),
+        (lambda pos: math.ceil(10 * pos) / 10, True),
+        (lambda pos: pos, False),
+        (lambda pos: min(1.0, 4 * pos), False),
+        (lambda pos: max(0.0, 5 * pos - 4), False),
+    ],
+)
+def test_a_step_function_is_told_from_a_ramp_with_a_plateau(func, stepwise) -> None:
+    assert Schedule(func).stepwise is stepwise

@@ -287,7 +287,7 @@ class SparsifyCallback(Callback):
         report = self.report()
         if any(bool(t.weight.detach()[~m].any()) for t, m in self._masked()):
             warnings.warn(
-                f"weights that were loaded after training do not have the final masks: {report.sparsity:.2f} % are zero. "
+                f"weights that were loaded after training lack the final masks: {report.sparsity:.2f} % are zero. "
                 "A best checkpoint from before the target does that; save each epoch and pick a later one, or drop the "
                 "callback that loads it",
                 GossamerWarning,

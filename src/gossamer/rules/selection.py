@@ -198,17 +198,21 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> li
     total = sum(len(s) for s in scores)
     if total <= _SMALL:
         return [(-math.inf, math.inf)]
+    n_kept = [int(np.count_nonzero(k.numpy())) for k in kept]
     # A sample of n^(2/3) leaves about as many candidates; an odd stride that 3 does not divide meets every kernel tap.
-    stride = max(1, int(total / max(_SAMPLE, 4 * total ** (2 / 3)))) | 1
+    stride = max(1, int(total / max(_SAMPLE, total ** (2 / 3)))) | 1
     stride += 2 if stride % 3 == 0 else 0
     every = slice(None, None, stride)
-    sample = np.concatenate([s[every].numpy()[k[every].numpy()] for s, k in zip(scores, kept, strict=True)])
+    parts: list[np.ndarray] = []
+    for layer_scores, keep, n in zip(scores, kept, n_kept, strict=True):
+        part = layer_scores[every].numpy()
+        parts.append(part if n == len(layer_scores) else part[keep[every].numpy()])
+    sample = np.concatenate(parts)
     # A bound of nan would bound nothing. NumPy sorts floats many times as fast as torch, which carries positions along.
     sample = np.sort(sample[~np.isnan(sample)])
-    n_kept = sum(int(np.count_nonzero(k.numpy())) for k in kept)
-    if not n_kept or not len(sample):
+    if not len(sample):
         return [(-math.inf, math.inf)]
-    q = need / n_kept
+    q = need / sum(n_kept)
     spread = math.sqrt(len(sample) * q * (1 - q))
     brackets: list[tuple[float, float]] = []
     for sigmas in (3, 16):
