@@ -188,6 +188,7 @@ def test_layers_that_others_refuse_work(name):
 @pytest.mark.parametrize(
     ("percent", "round_to", "kept"), [(50, 8, 8), (40, 8, 8), (20, 8, 16), (100, 8, 8), (0, 8, 16), (60, 4, 8)]
 )
+@pytest.mark.filterwarnings("ignore:round_to=8 leaves every layer dense")
 def test_kept_filters_are_rounded_to_the_nearest_multiple(percent, round_to, kept):
     conv = nn.Conv2d(3, 16, 3)
     Sparsifier(conv, "filter").sparsify_model(percent, round_to=round_to)

@@ -177,6 +177,14 @@ class Sparsifier:
                 "context='global' takes one sparsity for the whole network, got a dict; use context='local' for a "
                 "target a layer"
             )
+        for name in sparsity if isinstance(sparsity, Mapping) else ():
+            other = dict(self.model.named_modules()).get(name)
+            if other is not None and name not in self._layers:
+                kind = type(other).__name__
+                raise TargetError(
+                    f"sparsity: layer {name!r} takes no part; it is a {kind}. Add its type with layer_type=(…, {kind}) "
+                    "and see that it is not excluded"
+                )
         fractions = resolve_sparsity(sparsity, self._layers)
         for fraction in fractions.values():
             check_target(fraction, self.context)
@@ -186,6 +194,15 @@ class Sparsifier:
             raise ArgumentError(
                 f"round_to={round_to} is more than any layer with a target has ({most} units of granularity "
                 f"{self.granularity.name!r}), so nothing would be masked; use at most {most}"
+            )
+        counts = [(count(f, self._layers[name].n_units), self._layers[name]) for name, f in fractions.items()]
+        asked = sum(n for n, _ in counts)
+        if self.context.kind == "local" and asked and not any(self._rounded(n, la, round_to) for n, la in counts):
+            warnings.warn(
+                f"round_to={round_to} leaves every layer dense: at this sparsity the nearest multiple to keep is all of "
+                "its units; use a smaller round_to or a higher sparsity",
+                GossamerWarning,
+                stacklevel=3,
             )
         return fractions
 

@@ -121,6 +121,8 @@ def as_layer_types(layer_type: LayerTypes) -> tuple[type[nn.Module], ...]:
         >>> as_layer_types(nn.Linear)
         (<class 'torch.nn.modules.linear.Linear'>,)
     """
+    if isinstance(layer_type, str):
+        raise ArgumentError(f"layer_type={layer_type!r} is a string; give the type itself, such as nn.{layer_type}")
     types = tuple(layer_type) if isinstance(layer_type, Sequence) else (layer_type,)
     known = ", ".join(t.__name__ for t in AXES)
     if not types:

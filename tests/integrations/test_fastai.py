@@ -602,6 +602,7 @@ def test_a_ramp_with_a_plateau_is_no_step() -> None:
         ({"round_to": 8, "context": "2:4"}, "break the pattern 2:4"),
         ({"context": "2:4", "sparsity": 40}, "pass sparsity=50"),
         ({"layer_type": nn.ReLU}, "no weight"),
+        ({"layer_type": "Linear"}, "such as nn.Linear"),
     ],
 )
 def test_a_bad_argument_raises_where_it_is_given(arguments: dict[str, Any], words: str) -> None:
@@ -626,6 +627,24 @@ def test_what_depends_on_the_network_raises_before_the_first_batch(arguments: di
     with pytest.raises((ArgumentError, TargetError), match=words):
         quiet(learn, 1, SparsifyCallback(**{"sparsity": 50, "verbose": False, **arguments}))
     assert all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
+
+
+def test_a_fraction_where_a_percentage_belongs_is_pointed_out() -> None:
+    with pytest.warns(GossamerWarning, match="50 means half"):
+        SparsifyCallback(0.5)
+
+
+def test_rounding_that_leaves_everything_dense_is_pointed_out() -> None:
+    learn = learner()
+    callback = SparsifyCallback(50, "filter", round_to=16, exclude=["conv1", "conv3"], verbose=False)
+    with pytest.warns(GossamerWarning, match="round_to=16 leaves every layer dense"):
+        quiet(learn, 1, callback)
+    assert callback.report().zeros == 0
+
+
+def test_a_layer_of_another_type_is_named_with_its_type() -> None:
+    with pytest.raises(TargetError, match="'head' takes no part; it is a Linear"):
+        quiet(learner(), 1, SparsifyCallback({"head": 50}, verbose=False))
 
 
 def test_plot_and_report_before_a_fit_say_what_is_missing() -> None:

@@ -140,6 +140,13 @@ class SparsifyCallback(Callback):
         for percent in self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]:
             check_target(as_fraction(percent), self.context)
         check_round_to(round_to, self.context)
+        most = max(self.sparsity.values(), default=0) if isinstance(self.sparsity, dict) else self.sparsity
+        if 0 < most < 1:
+            warnings.warn(
+                f"sparsity={self.sparsity} is less than one percent; it is a percentage, so 50 means half",
+                GossamerWarning,
+                stacklevel=2,
+            )
         if isinstance(self.sparsity, dict) and self.context.kind == "global":
             raise ArgumentError("a sparsity for each layer needs context='local'; with 'global' give one number")
         if isinstance(rewind_epoch, bool) or not isinstance(rewind_epoch, int) or rewind_epoch < 0:

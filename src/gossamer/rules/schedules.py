@@ -64,7 +64,7 @@ class Schedule:
             )
         if not self.name:
             own = getattr(self.func, "__name__", "") or type(self.func).__name__
-            object.__setattr__(self, "name", "custom" if own == "<lambda>" else own)
+            object.__setattr__(self, "name", "custom" if own.startswith(("<", "_")) else own)
         object.__setattr__(self, "_arity", _arity(self.func))
         coarse, fine = (len({self._at(i / n) for i in range(n + 1)}) for n in _GRIDS)
         if self.stepwise is None:
