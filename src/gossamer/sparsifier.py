@@ -199,7 +199,7 @@ class Sparsifier:
         asked = sum(n for n, _ in counts)
         if self.context.kind == "local" and asked and not any(self._rounded(n, la, round_to) for n, la in counts):
             warnings.warn(
-                f"round_to={round_to} leaves every layer dense: at this sparsity the nearest multiple to keep is all of "
+                f"round_to={round_to} leaves every layer dense: at this sparsity the nearest multiple keeps all of "
                 "its units; use a smaller round_to or a higher sparsity",
                 GossamerWarning,
                 stacklevel=3,
