@@ -647,6 +647,16 @@ def test_a_layer_of_another_type_is_named_with_its_type() -> None:
         quiet(learner(), 1, SparsifyCallback({"head": 50}, verbose=False))
 
 
+def test_the_plot_asks_for_the_average_over_layers_as_the_dots_count_it() -> None:
+    from matplotlib.figure import Figure
+
+    callback = SparsifyCallback({"conv?": 40, "conv3": 80}, schedule=lin, verbose=False)
+    quiet(learner(), 1, callback)
+    asked, counted = callback.plot(Figure().subplots()).lines
+    assert asked.get_ydata()[-1] == pytest.approx(160 / 3)
+    assert counted.get_ydata()[-1] == pytest.approx(160 / 3, abs=0.2)
+
+
 def test_plot_and_report_before_a_fit_say_what_is_missing() -> None:
     with pytest.raises(StateError, match="has not been in a fit"):
         SparsifyCallback(50).report()

@@ -260,8 +260,7 @@ class SparsifyCallback(Callback):
         """Makes sure that the masks stand at the epoch's end, also where its last batch made no step."""
         if self.sparse is None or self._hold_only:
             return
-        learn = self._learner()
-        end = (learn.epoch + 1) / learn.n_epoch
+        learn, end = self._learner(), self._epoch_end()
         if not self._cancelled and self._position != end:
             self._move(end)
         sparsity = self.sparsity_now()
@@ -340,8 +339,9 @@ class SparsifyCallback(Callback):
         Returns:
             The matplotlib axes.
         """
-        percents = list(self.sparsity.values()) if isinstance(self.sparsity, dict) else [self.sparsity]
-        return plot_training(self.history, self.schedule, sum(percents) / len(percents), ax)
+        # Over layers and not over the dict's entries, since a pattern may stand for many: as the counted average is.
+        targets = self._run().targets.values()
+        return plot_training(self.history, self.schedule, float(100 * sum(targets) / len(targets)), ax)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
