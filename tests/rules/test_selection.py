@@ -37,11 +37,11 @@ def drop(
 ) -> tuple[torch.Tensor, Hint | None]:
     """The fast path, whole: the mask after `need` more units went."""
     (candidates,) = survey([scores], [kept], need, hint)
-    positions, hint = take(candidates, need)
+    goes, hint = take(candidates, need)
     result = kept.clone()
     if candidates.settled is not None:
         result &= ~candidates.settled
-    result[positions] = False
+    result[candidates.positions[goes]] = False
     return result, hint
 
 
@@ -216,9 +216,9 @@ def test_long_layers_that_compete_agree_with_one_sort_of_all():
     start = 0
     for part, keep, candidates in zip(parts, kept, found, strict=True):
         here = gone[(gone >= start) & (gone < start + len(part))] - start
-        positions, _ = take(candidates, len(here))
+        goes, _ = take(candidates, len(here))
         result = keep.clone()
-        result[positions] = False
+        result[candidates.positions[goes]] = False
         if candidates.settled is not None:
             result &= ~candidates.settled
         assert np.array_equal(np.sort(here), np.flatnonzero((keep & ~result).numpy()))

@@ -184,8 +184,11 @@ def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hi
         found = _scan(scores, kept, -math.inf, hint.below(need))
         if sum(len(c.positions) for c in found) >= need:
             return found
-    for low, high in _brackets(scores, kept, need):
-        found = _scan(scores, kept, low, high)
+    n_kept = [int(np.count_nonzero(k.numpy())) for k in kept]
+    # Where all is kept, which is where one shot starts, there is nothing to leave out.
+    still = [None if n == len(k) else k for n, k in zip(n_kept, kept, strict=True)]
+    for low, high in _brackets(scores, still, need / max(1, sum(n_kept))):
+        found = _scan(scores, still, low, high)
         settled = sum(c.n_settled for c in found)
         if settled <= need <= settled + sum(len(c.positions) for c in found):
             return found
@@ -194,25 +197,24 @@ def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hi
     )
 
 
-def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> list[tuple[float, float]]:
+def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor | None], q: float) -> list[tuple[float, float]]:
+    """Where the q-quantile of the kept scores probably, almost surely and surely lies; kept None = all."""
     total = sum(len(s) for s in scores)
     if total <= _SMALL:
         return [(-math.inf, math.inf)]
-    n_kept = [int(np.count_nonzero(k.numpy())) for k in kept]
     # A sample of n^(2/3) leaves about as many candidates; an odd stride that 3 does not divide meets every kernel tap.
     stride = max(1, int(total / max(_SAMPLE, total ** (2 / 3)))) | 1
     stride += 2 if stride % 3 == 0 else 0
     every = slice(None, None, stride)
     parts: list[np.ndarray] = []
-    for layer_scores, keep, n in zip(scores, kept, n_kept, strict=True):
+    for layer_scores, keep in zip(scores, kept, strict=True):
         part = layer_scores[every].numpy()
-        parts.append(part if n == len(layer_scores) else part[keep[every].numpy()])
+        parts.append(part if keep is None else part[keep[every].numpy()])
     sample = np.concatenate(parts)
     # A bound of nan would bound nothing. NumPy sorts floats many times as fast as torch, which carries positions along.
     sample = np.sort(sample[~np.isnan(sample)])
     if not len(sample):
         return [(-math.inf, math.inf)]
-    q = need / sum(n_kept)
     spread = math.sqrt(len(sample) * q * (1 - q))
     brackets: list[tuple[float, float]] = []
     for sigmas in (3, 16):
@@ -223,7 +225,7 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor], need: int) -> li
     return [*brackets, (-math.inf, math.inf)]
 
 
-def _scan(scores: Sequence[Scores], kept: Sequence[Tensor], low: float, high: float) -> list[Candidates]:
+def _scan(scores: Sequence[Scores], kept: Sequence[Tensor | None], low: float, high: float) -> list[Candidates]:
     """One pass over the scores: [low, high) are candidates, below low is settled. A compiled helper can do it here."""
     # NumPy compares floats into bools three times as fast as torch does. Its scalars warn where they overflow to inf,
     # and some builds where they meet a nan; an infinite end is what is meant, and nan is to compare false.
@@ -231,12 +233,12 @@ def _scan(scores: Sequence[Scores], kept: Sequence[Tensor], low: float, high: fl
         return [_scan_layer(s, k, low, high) for s, k in zip(scores, kept, strict=True)]
 
 
-def _scan_layer(scores: Scores, kept: Tensor, low: float, high: float) -> Candidates:
-    n, keep = len(scores), kept.numpy()
+def _scan_layer(scores: Scores, kept: Tensor | None, low: float, high: float) -> Candidates:
+    n, keep = len(scores), None if kept is None else kept.numpy()
     # An open bracket takes +inf too.
     compare = np.less if high < math.inf else np.less_equal
     settled = np.empty(n, np.bool_) if low > -math.inf else None
-    buffer = np.empty(min(n, _CHUNK), np.bool_)
+    buffer = np.zeros(-(-min(n, _CHUNK) // 8) * 8, np.bool_)
     positions: list[np.ndarray] = []
     found: list[np.ndarray] = []
     n_settled = 0
@@ -244,13 +246,16 @@ def _scan_layer(scores: Scores, kept: Tensor, low: float, high: float) -> Candid
         part = slice(start, min(start + _CHUNK, n))
         values = scores[part].numpy()
         inside = compare(values, values.dtype.type(high), out=buffer[: len(values)])
-        inside &= keep[part]
+        if keep is not None:
+            inside &= keep[part]
         if settled is not None:
             under = np.less(values, values.dtype.type(low), out=settled[part])
-            under &= keep[part]
+            if keep is not None:
+                under &= keep[part]
             n_settled += int(np.count_nonzero(under))
             inside ^= under
-        here = np.flatnonzero(inside)
+        buffer[len(values) :] = False
+        here = _positions(buffer)
         found.append(values[here])
         here += start
         positions.append(here)
@@ -263,34 +268,42 @@ def _scan_layer(scores: Scores, kept: Tensor, low: float, high: float) -> Candid
     )
 
 
+def _positions(flags: np.ndarray) -> np.ndarray:
+    """Where a bool array of whole words is True: words with any first, since few have, then inside those."""
+    words = flags.view(np.uint64)
+    some = np.flatnonzero(words != 0)
+    inner = np.flatnonzero(words[some].view(np.bool_))
+    some <<= 3
+    positions = some[inner >> 3]
+    inner &= 7
+    positions += inner
+    return positions
+
+
 def take(candidates: Candidates, count: int) -> tuple[Tensor, Hint | None]:
-    """The candidates that go so that, with the settled ones, exactly `count` units do. CPU.
+    """Which candidates go so that, with the settled ones, exactly `count` units do. CPU.
 
     Args:
         candidates: of one layer.
         count: units to go; from `n_settled` to that plus the number of candidates.
 
     Returns:
-        Positions that go, increasing, and a hint for the next time (None where nothing can be said).
+        bool, one a candidate, True = goes, and a hint for the next time (None where nothing can be said).
 
     Example:
         >>> found = survey([torch.tensor([3.0, 1.0, 1.0])], [torch.tensor([True, True, True])], 1)
-        >>> take(found[0], 1)[0].tolist()
+        >>> found[0].positions[take(found[0], 1)[0]].tolist()
         [1]
     """
     scores, need = candidates.scores, count - candidates.n_settled
-    if need <= 0:
-        return candidates.positions[:0], None
-    if need >= len(scores):
-        return candidates.positions, None
+    if need <= 0 or need >= len(scores):
+        return torch.full((len(scores),), need > 0, dtype=torch.bool), None
     values = scores.numpy()
     threshold = np.partition(values, need - 1)[need - 1]
     goes = values < threshold
     ties = np.flatnonzero(values == threshold)[: need - int(np.count_nonzero(goes))]
     goes[ties] = True
-    return candidates.positions[torch.from_numpy(goes)], hint_after(
-        candidates.upper, float(threshold), len(scores) - need
-    )
+    return torch.from_numpy(goes), hint_after(candidates.upper, float(threshold), len(scores) - need)
 
 
 def hint_after(upper: float, threshold: float, left: int) -> Hint | None:
