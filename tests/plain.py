@@ -58,3 +58,14 @@ def zeros(weight: Tensor) -> int:
 def bits(tensor: Tensor) -> list[int]:
     """A tensor as the bytes it is made of, so that 0.0 and -0.0 differ and nan equals nan."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def surface(model: nn.Module) -> dict[str, object]:
+    """Everything that one could add to a model, by name."""
+    shape: dict[str, object] = {"state_dict": list(model.state_dict()), "modules": [type(m) for m in model.modules()]}
+    for name, module in model.named_modules():
+        shape[name] = {k: (list(v) if isinstance(v, dict) else None) for k, v in vars(module).items()}
+    for name, parameter in model.named_parameters():
+        hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+        shape["." + name] = (type(parameter), list(vars(parameter)), [list(h or ()) for h in hooks])
+    return shape

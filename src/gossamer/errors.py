@@ -51,7 +51,7 @@ def closest(name: str, options: Iterable[str], most: int = 3) -> str:
         'Closest: large_final.'
     """
     names = sorted(set(options))
-    near = difflib.get_close_matches(name, names, n=most, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=most, cutoff=0.5)
     if near:
         return f"Closest: {', '.join(near)}."
     if not names:

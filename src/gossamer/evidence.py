@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,11 @@ class Evidence:
         """
         wanted = {f"{kind}/{name}": t for kind, layers in self.kept.items() for name, t in layers.items()}
         for key, tensor in wanted.items():
-            if key not in state or state[key].shape != tensor.shape:
-                have = f"has shape {tuple(state[key].shape)}" if key in state else "is missing"
+            other: Any = state.get(key)
+            if not isinstance(other, Tensor) or other.shape != tensor.shape or not other.is_floating_point():
+                have = (
+                    f"is of {other.dtype} and shape {tuple(other.shape)}" if isinstance(other, Tensor) else "is missing"
+                )
                 raise FileError(
                     f"state of another run: {key!r} {have}, and criterion {self.criterion.name!r} needs it of shape "
                     f"{tuple(tensor.shape)}; use the criterion and the network that the state is from"

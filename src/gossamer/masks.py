@@ -69,6 +69,9 @@ class Masks(Mapping[str, Tensor]):
             odd = sorted(set(state) ^ set(self._masks))[0]
             where = "is missing in this network" if odd in state else "has no mask in the file"
             raise FileError(f"masks are of another network: layer {odd!r} {where}. {closest(odd, self._masks)}")
+        for name, packed in state.items():
+            if not isinstance(packed, Tensor):
+                raise FileError(f"mask of {name!r} is a {type(packed).__name__} and no tensor; take another copy")
         loaded = {name: unpack(state[name], mask.shape, name).to(mask.device) for name, mask in self._masks.items()}
         self._masks = loaded
 

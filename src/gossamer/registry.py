@@ -17,6 +17,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     Args:
         kind: what the entries are, in the singular, for messages.
+        of: their type, where only one is taken.
 
     Example:
         >>> table = Registry("colour")
@@ -26,8 +27,8 @@ class Registry(Mapping[str, T], Generic[T]):
         1
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, of: type | None = None) -> None:
+        self.kind, self.of = kind, of
         self._entries: dict[str, T] = {}
 
     def register(self, name: str, rule: T) -> T:
@@ -38,16 +39,20 @@ class Registry(Mapping[str, T], Generic[T]):
             rule: the immutable value to find under it.
 
         Raises:
-            ArgumentError: the name is taken, or is no identifier.
+            ArgumentError: the name is taken, or is no identifier, or the rule is of another type.
 
         Example:
             >>> Registry("colour").register("blue", 2)
             2
         """
-        if not name.isidentifier():
+        if not isinstance(name, str) or not name.isidentifier():
             raise ArgumentError(f"{self.kind} name {name!r} is not an identifier; use letters, digits and '_'")
         if name in self._entries:
             raise ArgumentError(f"{self.kind} {name!r} is registered already; choose another name")
+        if self.of is not None and not isinstance(rule, self.of):
+            raise ArgumentError(
+                f"{self.kind} {name!r} must be a {self.of.__name__}, got {type(rule).__name__}; make one of it first"
+            )
         self._entries[name] = rule
         return rule
 

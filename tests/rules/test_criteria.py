@@ -78,6 +78,26 @@ def test_a_users_own_function_is_a_criterion():
     assert own.score(evidence()).tolist() == [3.0, 0.5, 2.0, 0.0]
 
 
+def test_a_users_own_function_may_compute_in_place_and_the_weights_stay():
+    given = evidence()
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    assert as_criterion(lambda weight, initial: weight.sub_(initial).abs_()).score(given).tolist() == [
+        4.0,
+        1.0,
+        2.0,
+        2.0,
+    ]
+    assert all(torch.equal(given[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("func", "words"), [(lambda w: w.log(), "gives nan"), (lambda w: w + 1j, "torch.complex64, which have no order")]
+)
+def test_scores_without_an_order_are_refused(func, words):
+    with pytest.raises(ArgumentError, match=f"criterion 'custom' .*{words}"):
+        as_criterion(func).score(evidence())
+
+
 def test_a_criterion_asks_for_evidence_by_the_names_of_its_parameters():
     def gap(initial, weight, power=2):
         return (weight - initial) ** power

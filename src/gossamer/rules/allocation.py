@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gossamer.errors import ArgumentError
 
+_CONTEXTS = "use 'local', 'global' or a pattern N:M such as '2:4'"
+
 
 @dataclass(frozen=True)
 class Context:
@@ -24,6 +26,9 @@ class Context:
         n: units that a block keeps, for 'n:m'.
         m: units in a block, for 'n:m'.
 
+    Raises:
+        ArgumentError: another kind, or N is not smaller than M.
+
     Example:
         >>> as_context("2:4")
         Context(kind='n:m', n=2, m=4)
@@ -32,6 +37,16 @@ class Context:
     kind: str
     n: int = 0
     m: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("local", "global", "n:m"):
+            raise ArgumentError(f"unknown context {self.kind!r}; {_CONTEXTS}")
+        if self.kind == "n:m" and not 0 < self.n < self.m:
+            raise ArgumentError(
+                f"context '{self.n}:{self.m}' keeps {self.n} of every {self.m}; N must be at least 1 and less than M"
+            )
+        if self.kind != "n:m" and (self.n, self.m) != (0, 0):
+            raise ArgumentError(f"context {self.kind!r} has no blocks, got n={self.n} and m={self.m}; leave them out")
 
     @property
     def fraction(self) -> Fraction | None:
@@ -66,11 +81,8 @@ def as_context(context: Context | str) -> Context:
         return Context(context)
     pattern = re.fullmatch(r"(\d+):(\d+)", context) if isinstance(context, str) else None
     if pattern is None:
-        raise ArgumentError(f"unknown context {context!r}; use 'local', 'global' or a pattern N:M such as '2:4'")
-    n, m = int(pattern[1]), int(pattern[2])
-    if not 0 < n < m:
-        raise ArgumentError(f"context '{context}' keeps {n} of every {m}; N must be at least 1 and less than M")
-    return Context("n:m", n, m)
+        raise ArgumentError(f"unknown context {context!r}; {_CONTEXTS}")
+    return Context("n:m", int(pattern[1]), int(pattern[2]))
 
 
 def as_fraction(percent: float) -> Fraction:
@@ -87,10 +99,12 @@ def as_fraction(percent: float) -> Fraction:
         Fraction(23, 1000)
     """
     try:
-        if isinstance(percent, (bool, str)):
+        if isinstance(percent, (bool, str, bytes, bytearray)):  # float() would read the last three
             raise TypeError
         value = float(percent)
-    except (TypeError, ValueError):
+    except OverflowError:  # an integer beyond all floats
+        value = math.inf
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several
         raise ArgumentError(f"sparsity {percent!r} is no number; give a percentage from 0 to 100") from None
     if not 0 <= value <= 100:
         raise ArgumentError(f"sparsity {percent!r} is outside [0, 100]; it is a percentage, so 50 means half")

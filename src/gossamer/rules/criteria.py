@@ -7,6 +7,7 @@ own is written the same way: `lambda w: w.abs()`, or `def mine(weight, initial):
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -88,22 +89,35 @@ class Criterion:
             Scores in float32 or wider, of the weight's shape.
 
         Raises:
-            ArgumentError: the function gives no tensor, or one of another shape.
+            ArgumentError: the function gives no tensor, one of another shape, complex numbers or nan.
 
         Example:
             >>> small_final.score({"weight": torch.tensor([-3.0, 1.0])})
             tensor([-3., -1.])
         """
         arguments = [evidence[name] for name in self.needs]
+        if not self.elementwise:  # a function of the user's own: `w.abs_()` shall not write into the network
+            arguments = [t.clone() for t in arguments]
         scores: Any = self.func(*arguments)
         shape = arguments[0].shape
         if not isinstance(scores, Tensor) or scores.shape != shape:
-            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else reprlib.repr(scores)
             raise ArgumentError(
                 f"criterion {self.name!r} gives {got} for a weight of shape {tuple(shape)}; "
                 "it must give one score a weight"
             )
         scores = scores.detach()
+        if scores.is_complex():
+            raise ArgumentError(
+                f"criterion {self.name!r} gives scores of {scores.dtype}, which have no order; give real ones, such as "
+                "scores.abs()"
+            )
+        # Elementwise scores are looked at where they are compared; on a GPU a look would wait for the device.
+        if not self.elementwise and scores.device.type == "cpu" and bool(scores.isnan().any()):
+            raise ArgumentError(
+                f"criterion {self.name!r} gives nan for a weight of shape {tuple(shape)}; check the weights for nan, "
+                "or the criterion's own arithmetic"
+            )
         return scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
 
 
@@ -124,7 +138,7 @@ def _needs(func: Callable[..., Any], name: str) -> tuple[str, ...]:
     return tuple(wanted)
 
 
-CRITERIA: Registry[Criterion] = Registry("criterion")
+CRITERIA: Registry[Criterion] = Registry("criterion", Criterion)
 
 
 def as_criterion(criterion: Criterion | str | Callable[..., Tensor]) -> Criterion:

@@ -30,7 +30,7 @@ class Granularity:
         matrix: the same for Linear (output, input) and Embedding (entry, dimension).
 
     Raises:
-        ArgumentError: a letter that is none of o, i, d, h, w, s.
+        ArgumentError: a letter that is none of o, i, d, h, w, s, or no letters at all.
 
     Example:
         >>> pairs = Granularity("pairs", conv="ow", matrix="o")
@@ -44,6 +44,10 @@ class Granularity:
 
     def __post_init__(self) -> None:
         for letters, allowed in ((self.conv, "oidhws"), (self.matrix, "oi")):
+            if not isinstance(letters, (str, type(None))):
+                raise ArgumentError(
+                    f"granularity {self.name!r} spans {letters!r}; give a string out of {', '.join(allowed)}, or None"
+                )
             wrong = set(letters or "") - set(allowed)
             if wrong:
                 raise ArgumentError(
@@ -146,7 +150,7 @@ def units_of(mask: Tensor, dims: Sequence[int]) -> Tensor:
     return mask
 
 
-GRANULARITIES: Registry[Granularity] = Registry("granularity")
+GRANULARITIES: Registry[Granularity] = Registry("granularity", Granularity)
 
 _RULES = MappingProxyType(
     {

@@ -34,7 +34,7 @@ class Schedule:
 
     Raises:
         ArgumentError: the interval is empty or outside [0, 1], the function takes another number of arguments,
-            or it gives something that is no finite number in [0, 1].
+            or it fails, or gives something that is no finite number in [0, 1].
 
     Example:
         >>> late = Schedule(lambda pos: pos, start_pct=0.5)
@@ -87,8 +87,10 @@ class Schedule:
             >>> lin(0.25)
             0.25
         """
-        if not 0 <= fraction <= 1:
-            raise ArgumentError(f"fraction of training {fraction!r} is outside [0, 1]")
+        if isinstance(fraction, bool) or not 0 <= _number(fraction) <= 1:
+            raise ArgumentError(
+                f"fraction of training {fraction!r} is outside [0, 1]; give steps done over steps in all"
+            )
         if fraction <= self.start_pct:  # so that the weights of that very moment are still dense ones
             return 0.0
         return self._at(min(1.0, (fraction - self.start_pct) / (self.end_pct - self.start_pct)))
@@ -103,14 +105,19 @@ class Schedule:
         return replace(self, start_pct=start_pct, end_pct=end_pct)
 
     def _at(self, pos: float) -> float:
-        value = self.func(pos) if self._arity == 1 else self.func(0.0, 1.0, pos)
         try:
-            progress = float(value)
-        except (TypeError, ValueError):
+            value = self.func(pos) if self._arity == 1 else self.func(0.0, 1.0, pos)
+        except Exception as error:  # the user's function, which may fail in any way at all
+            raise ArgumentError(
+                f"schedule {self.name!r} raises {type(error).__name__}: {error} at position {pos:g}; it must give one "
+                "number from 0 to 1 at every position from 0 to 1"
+            ) from error
+        progress = _number(value)
+        if math.isnan(progress):
             raise ArgumentError(
                 f"schedule {self.name!r} gives {value!r} at position {pos:g}; it must give one number from 0 to 1"
-            ) from None
-        if not -_SLACK <= progress <= 1 + _SLACK:  # false for nan too
+            )
+        if not -_SLACK <= progress <= 1 + _SLACK:
             raise ArgumentError(
                 f"schedule {self.name!r} gives {progress:g} at position {pos:g}; progress runs from 0 to 1 and is "
                 "multiplied with the target sparsity"
@@ -118,6 +125,14 @@ class Schedule:
         if progress < _SNAP:
             return 0.0
         return progress if progress < 1 - _SNAP else 1.0
+
+
+def _number(value: Any) -> float:
+    """A float, or nan for what is no number; a string is none, whatever it spells."""
+    try:
+        return math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from a tensor of several
+        return math.nan
 
 
 def _arity(func: Callable[..., Any]) -> int:
@@ -137,7 +152,7 @@ def _arity(func: Callable[..., Any]) -> int:
     )
 
 
-SCHEDULES: Registry[Schedule] = Registry("schedule")
+SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule)
 
 
 def as_schedule(schedule: Schedule | str | Callable[..., Any]) -> Schedule:

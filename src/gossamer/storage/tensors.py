@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from gossamer.errors import FileError
+from gossamer.errors import ArgumentError, FileError
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -78,15 +78,27 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         Tensors by name, on the CPU, and the metadata of the header.
 
     Raises:
-        FileError: it does not exist, or is no whole safetensors file.
+        ArgumentError: the path is no path.
+        FileError: it does not exist, cannot be read, or is no whole safetensors file.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(f"a file to load must be a path, got {path!r}; give a str or a pathlib.Path")
     path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{str(path)!r} is a folder; name a file in it")
     if not path.is_file():
         raise FileError(f"there is no file {str(path)!r}")
     try:
+        path.open("rb").close()  # safe_open says that a file is not there where it may not be read
+    except OSError as error:
+        raise FileError(f"{str(path)!r} cannot be read ({error.strerror}); see that you have the right to") from None
+    try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            # Cloned, since what safe_open gives is the file itself, mapped: it would change with the file, and a file
+            # that somebody cuts short later would kill the process.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except Exception as error:  # a mangled header can make torch and safetensors raise more than their own errors
         raise FileError(
             f"{str(path)!r} is no whole safetensors file ({error}); it may be truncated or of another kind, so take "
             "another copy"

@@ -1,0 +1,70 @@
+"""Weights into a network, all or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gossamer.errors import ArgumentError, FileError, closest
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any], what: str) -> None:
+    """Copies a state_dict into a network in place, so that whoever holds a parameter holds it still.
+
+    Args:
+        model: the network.
+        weights: name → tensor, on any device.
+        what: what the weights are from, for the messages: 'the ticket'.
+
+    Raises:
+        ArgumentError: the network is none.
+        FileError: a name or a shape differs, or the network is lazy; it is not touched.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> load_weights(net, {"weight": torch.tensor([[2.0]])}, "the example"); net.weight.item()
+        2.0
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"weights go into a torch.nn.Module, got {model!r}")
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise FileError(f"the network is lazy and {lazy!r} has no shape yet; run one batch through it first")
+    state = model.state_dict()
+    check_weights(state, weights, what)
+    extra = {name: weights[name] for name, tensor in state.items() if not isinstance(tensor, Tensor)}
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor):
+                tensor.copy_(weights[name])
+    if extra:  # what a module keeps through get_extra_state
+        model.load_state_dict(extra, strict=False)
+
+
+def check_weights(state: Mapping[str, Any], weights: Mapping[str, Any], what: str) -> None:
+    """Makes sure that weights have the names and shapes of a network's state_dict.
+
+    Raises:
+        FileError: they have not; the message names the first that differs.
+
+    Example:
+        >>> check_weights({"w": torch.ones(2)}, {"w": torch.ones(3)}, "the example")
+        Traceback (most recent call last):
+        ...
+        gossamer.errors.FileError: the example is of another network: 'w' has shape (3,) there and (2,) here
+    """
+    odd = sorted(set(state) ^ set(weights))
+    if odd:
+        where = "is not in this network" if odd[0] in weights else "is missing there"
+        raise FileError(f"{what} is of another network: {odd[0]!r} {where}. {closest(odd[0], state)}")
+    for name, tensor in state.items():
+        other = weights[name]
+        if isinstance(tensor, Tensor) and (not isinstance(other, Tensor) or tensor.shape != other.shape):
+            there = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+            raise FileError(
+                f"{what} is of another network: {name!r} has shape {there} there and {tuple(tensor.shape)} here"
+            )
