@@ -332,34 +332,23 @@ def test_a_step_without_a_position_needs_a_number_of_steps():
 # -- the model stays the user's ---------------------------------------------------------------------------------------
 
 
-def surface(model: nn.Module) -> dict[str, object]:
-    """Everything that one could add to a model, by name."""
-    shape: dict[str, object] = {"state_dict": list(model.state_dict()), "modules": [type(m) for m in model.modules()]}
-    for name, module in model.named_modules():
-        shape[name] = {k: (list(v) if isinstance(v, dict) else None) for k, v in vars(module).items()}
-    for name, parameter in model.named_parameters():
-        hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
-        shape["." + name] = (type(parameter), list(vars(parameter)), [list(h or ()) for h in hooks])
-    return shape
-
-
 @pytest.mark.parametrize(
     "rules", [{}, {"granularity": "filter"}, {"context": "global", "criteria": "updating_movmag"}], ids=str
 )
 def test_nothing_is_added_to_the_model_at_any_time(rules):
     model = network()
-    before, ids = surface(model), [id(p) for p in model.parameters()]
+    before, ids = plain.surface(model), [id(p) for p in model.parameters()]
     optimizer = OPTIMIZERS["Adam"](model.parameters())
     run = SparseTraining(Sparsifier(model, **rules), optimizer, 50, "lin", 3)
-    assert surface(model) == before
+    assert plain.surface(model) == before
     for step in range(3):
         train_step(model, optimizer, step)
         run.step()
-        assert surface(model) == before
+        assert plain.surface(model) == before
         network().load_state_dict(model.state_dict())
         copy.deepcopy(model)
     run.release()
-    assert surface(model) == before
+    assert plain.surface(model) == before
     assert [id(p) for p in model.parameters()] == ids
 
 

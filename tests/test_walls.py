@@ -15,7 +15,7 @@ import gossamer
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(gossamer.__file__).parent
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
-WATCHED = ("fastai", "matplotlib", "pandas", "fastcore", "gossamer.storage", "gossamer.integrations", "gossamer.plots")
+WATCHED = ("fastai", "matplotlib", "pandas", "fastcore", "gossamer.runtime", "gossamer.integrations", "gossamer.plots")
 LOADED = f"import sys, gossamer; print(*[m for m in {WATCHED!r} if m in sys.modules])"
 
 

@@ -6,6 +6,8 @@ from gossamer.errors import GossamerError as GossamerError
 from gossamer.errors import GossamerWarning as GossamerWarning
 from gossamer.errors import StateError as StateError
 from gossamer.errors import TargetError as TargetError
+from gossamer.randomness import random_state as random_state
+from gossamer.randomness import restore_random_state as restore_random_state
 from gossamer.report import LayerSparsity as LayerSparsity
 from gossamer.report import SparsityReport as SparsityReport
 from gossamer.report import report as report
@@ -16,6 +18,8 @@ from gossamer.rules.granularity import Granularity as Granularity
 from gossamer.rules.schedules import SCHEDULES as SCHEDULES
 from gossamer.rules.schedules import Schedule as Schedule
 from gossamer.sparsifier import Sparsifier as Sparsifier
+from gossamer.storage.states import load_state as load_state
+from gossamer.storage.states import save_state as save_state
 from gossamer.training import SparseTraining as SparseTraining
 
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -64,6 +65,23 @@ class Target:
         return type(self.module).__name__
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DataParallel, DistributedDataParallel and torch.compile, whose layer names carry no prefix.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(nn.Linear(1, 1)))
+        Linear(in_features=1, out_features=1, bias=True)
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: Iterable[str] = ()) -> list[Target]:
     """Every weight of the given layer types, in the model's own order, shared weights once.
 
@@ -85,7 +103,7 @@ def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: 
     types = as_layer_types(layer_type)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
     left_out: set[str] = set()
-    for pattern in (exclude,) if isinstance(exclude, str) else exclude:
+    for pattern in as_patterns(exclude):
         left_out |= set(match_layers(pattern, layers, what="exclude"))
     users: dict[int, list[nn.Module]] = {}
     for name, module in layers.items():
@@ -101,14 +119,40 @@ def find_targets(model: nn.Module, layer_type: LayerTypes = nn.Conv2d, exclude: 
             axes = next(letters for kind, letters in AXES.items() if isinstance(module, kind))
             view = view_of(axes, weight.shape, getattr(module, "groups", 1))
             targets.append(Target(name, module, *view, shared_with=tuple(others)))
+    if not targets and left_out:
+        raise TargetError(
+            f"exclude={exclude!r} leaves no layer to make sparse in {type(model).__name__}, out of "
+            f"{len(layers)}; exclude fewer"
+        )
     if not targets:
         kinds = ", ".join(t.__name__ for t in types)
         have = sorted({type(m).__name__ for m in model.modules() if isinstance(m, tuple(AXES))})
-        remedy = (
-            f"layers that could be: layer_type={', '.join(have)}" if have else "the model has no layer that could be"
-        )
+        quantized = sorted({type(m).__name__ for m in model.modules() if ".quantized" in type(m).__module__})
+        if have:
+            remedy = f"layers that could be: layer_type={', '.join(have)}"
+        elif quantized:
+            remedy = f"its layers are quantized ({', '.join(quantized)}), so make it sparse first and quantize it after"
+        else:
+            remedy = "the model has no layer that could be"
         raise TargetError(f"no {kinds} layer to make sparse in {type(model).__name__}; {remedy}")
     return targets
+
+
+def as_patterns(exclude: Iterable[str]) -> tuple[str, ...]:
+    """Names or patterns of layers, given as one or as several.
+
+    Raises:
+        ArgumentError: neither.
+
+    Example:
+        >>> as_patterns("head")
+        ('head',)
+    """
+    if isinstance(exclude, str):
+        return (exclude,)
+    if not isinstance(exclude, Iterable):
+        raise ArgumentError(f"exclude={exclude!r} is no layer name or list of them; by default it is ()")
+    return tuple(exclude)
 
 
 def as_layer_types(layer_type: LayerTypes) -> tuple[type[nn.Module], ...]:
@@ -155,9 +199,34 @@ def _maskable(name: str, module: nn.Module) -> Tensor:
             f"layer {name!r} has a weight of {weight.dtype}; only floating-point weights can be masked, "
             f"so exclude=[{name!r}]"
         )
+    if getattr(type(weight), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None):
+        raise TargetError(
+            f"layer {name!r} has a weight of type {type(weight).__name__}, as quantization and sharding leave it; "
+            f"masks need the plain tensor, so make the network sparse before that, or exclude=[{name!r}]"
+        )
+    unusable = next((what for what, is_so in _unusable(weight) if is_so), None)
+    if unusable is not None:
+        raise TargetError(
+            f"layer {name!r} has a weight {unusable}, which cannot be masked; make it an ordinary dense tensor first, "
+            f"or exclude=[{name!r}]"
+        )
+    axes = next(letters for kind, letters in AXES.items() if isinstance(module, kind))
+    if weight.ndim != len(axes):
+        raise TargetError(
+            f"layer {name!r} has a weight of shape {tuple(weight.shape)}, and a {type(module).__name__} has one of "
+            f"{len(axes)} axes; exclude=[{name!r}]"
+        )
     if weight.numel() == 0:
         raise TargetError(f"layer {name!r} has an empty weight of shape {tuple(weight.shape)}; exclude=[{name!r}]")
     return weight
+
+
+def _unusable(weight: Tensor) -> Iterable[tuple[str, bool]]:
+    return (
+        ("on the meta device, without any numbers", weight.device.type == "meta"),
+        (f"of layout {weight.layout} (sparse)", weight.layout != torch.strided),
+        (f"of {weight.dtype}", weight.dtype.itemsize == 1),
+    )
 
 
 def match_layers(pattern: str, layers: Iterable[str], what: str = "sparsity") -> list[str]:
@@ -184,13 +253,16 @@ def match_layers(pattern: str, layers: Iterable[str], what: str = "sparsity") ->
     return found
 
 
-def resolve_sparsity(sparsity: float | Mapping[str, float], layers: Iterable[str]) -> dict[str, Fraction]:
+def resolve_sparsity(
+    sparsity: float | Mapping[str, float], layers: Iterable[str], what: str = "sparsity"
+) -> dict[str, Fraction]:
     """A target for every layer.
 
     Args:
         sparsity: a percentage for all layers, or a dict of layer name or pattern → percentage. An exact name beats
             a pattern.
         layers: every layer name.
+        what: the argument that it came in, for the messages.
 
     Returns:
         Layer name → fraction of units to mask, for every layer that has a target, in the order of `layers`.
@@ -207,17 +279,17 @@ def resolve_sparsity(sparsity: float | Mapping[str, float], layers: Iterable[str
     if not isinstance(sparsity, Mapping):
         return dict.fromkeys(names, as_fraction(sparsity))
     if not sparsity:
-        raise ArgumentError("sparsity is an empty dict; give layer name → percentage, or one number for all layers")
+        raise ArgumentError(f"{what} is an empty dict; give layer name → percentage, or one number for all layers")
     given: dict[str, tuple[str, Fraction]] = {}
     for pattern, percent in sparsity.items():
         fraction = as_fraction(percent)
-        for name in match_layers(pattern, names):
+        for name in match_layers(pattern, names, what):
             before = given.get(name)
             if before is not None and before[0] == name:
                 continue
             if before is not None and pattern != name and before[1] != fraction:
                 raise ArgumentError(
-                    f"sparsity: layer {name!r} matches {before[0]!r} ({float(before[1] * 100):g} %) and {pattern!r} "
+                    f"{what}: layer {name!r} matches {before[0]!r} ({float(before[1] * 100):g} %) and {pattern!r} "
                     f"({float(fraction * 100):g} %); name the layer itself, or narrow a pattern"
                 )
             given[name] = (pattern, fraction)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from numbers import Integral
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -67,9 +69,11 @@ class SparseTraining:
         schedule: how progress goes from 0 to 1: a registered name, a `Schedule`, or a function.
         total_steps: how many optimizer steps the run has; needed where `step` is called without a position.
         round_to: round the units that a layer keeps to the nearest multiple of this.
+        keep_zeros: whether units that are zero already, as in a network that was made sparse before, stay zero from
+            the first step on. A layer that is zero throughout is not taken for a sparse one.
 
     Raises:
-        ArgumentError: an argument that cannot be used.
+        ArgumentError: an argument that cannot be used, or a target below the zeros that are there.
         TargetError: a layer name that matches nothing, or weights with nan.
 
     Example:
@@ -91,17 +95,20 @@ class SparseTraining:
         total_steps: int | None = None,
         *,
         round_to: int | None = None,
+        keep_zeros: bool = True,
     ) -> None:
         if not isinstance(sparsifier, Sparsifier):
             raise ArgumentError(
                 f"the first argument is a Sparsifier, got {type(sparsifier).__name__}; wrap it: Sparsifier(model)"
             )
+        _check_optimizer(optimizer)
         self.sparsifier = sparsifier
         self.schedule = as_schedule(schedule)
         self.targets = sparsifier.resolve(sparsity, round_to)
         sparsifier.check_weights()
         self.round_to = round_to
         self.total_steps = _checked_steps(total_steps)
+        self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to) if keep_zeros else 0
         self.steps_done = 0
         self.progress = 0.0
         self._floor = 0.0
@@ -178,6 +185,11 @@ class SparseTraining:
         self.steps_done = 0
         self.total_steps = total_steps if total_steps is not None else self.total_steps
 
+    @property
+    def at_target(self) -> bool:
+        """Whether the masks stand where the schedule ends."""
+        return self.progress == self.schedule(1.0)
+
     def release(self) -> None:
         """Lets go of the masks: from now on every weight may grow again."""
         self.sparsifier.release()
@@ -209,11 +221,27 @@ class SparseTraining:
         Raises:
             FileError: a newer version, masks of another network, or a run by other rules.
         """
+        self.check_state(state)
+        self.sparsifier.load_state_dict(state["tensors"])
+        self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
+        self.progress, self._floor = state["progress"], state["floor"]
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Makes sure that a state is of a run by these rules.
+
+        Raises:
+            FileError: it is not, or of a newer version.
+        """
+        if not isinstance(state, Mapping):
+            raise FileError(f"run state must be a dict, got {state!r}; take what state_dict() gave")
         if state.get("version") != _VERSION:
             raise FileError(f"run state of version {state.get('version')!r}; this Gossamer reads version {_VERSION}")
         missing = [key for key in self.state_dict() if key not in state]
         if missing:
             raise FileError(f"run state without {missing[0]!r}; it is no state_dict of a SparseTraining")
+        for key, fits in _FITS.items():
+            if not fits(state[key]):
+                raise FileError(f"run state with {key}={state[key]!r}, which no run has; take another copy")
         for rule, here in self._rules().items():
             there = state["rules"].get(rule)
             if there != here:
@@ -221,9 +249,6 @@ class SparseTraining:
                     f"run state of other rules: {rule} is {there!r} there and {here!r} here; make the run as "
                     "that one was"
                 )
-        self.sparsifier.load_state_dict(state["tensors"])
-        self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
-        self.progress, self._floor = state["progress"], state["floor"]
 
     def _rules(self) -> dict[str, Any]:
         sparsifier = self.sparsifier
@@ -240,12 +265,41 @@ class SparseTraining:
 def _checked_steps(total_steps: int | None) -> int | None:
     if total_steps is None:
         return None
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
         raise ArgumentError(
             f"total_steps={total_steps!r} is no positive integer; give the optimizer steps of the whole training, "
             "epochs × len(loader)"
         )
-    return total_steps
+    return int(total_steps)
+
+
+def _check_optimizer(optimizer: HasState | None) -> None:
+    if optimizer is None or isinstance(getattr(getattr(optimizer, "opt", optimizer), "state", None), Mapping):
+        return
+    given = repr(optimizer) if isinstance(optimizer, str) else f"a {type(optimizer).__name__}"
+    raise ArgumentError(
+        f"optimizer is {given}, which has no state to keep zero; give the torch.optim.Optimizer itself, or None"
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+_FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {
+        "steps_done": _is_count,
+        "total_steps": lambda n: n is None or _is_count(n),
+        "progress": _is_fraction,
+        "floor": _is_fraction,
+        "rules": lambda rules: isinstance(rules, Mapping),
+        "tensors": lambda tensors: isinstance(tensors, Mapping),
+    }
+)
 
 
 def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:

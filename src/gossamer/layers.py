@@ -1,0 +1,196 @@
+"""Targets, cut into units, with their masks: what is read from the weights, and what is written to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.companions import find_companions
+from gossamer.errors import ArgumentError, TargetError
+from gossamer.evidence import Evidence, ScoresOnDemand, widen
+from gossamer.masks import Masks, zero_at, zero_masked
+from gossamer.rules.criteria import Criterion
+from gossamer.rules.granularity import Granularity, expand, output_channels, pool, units_of
+from gossamer.rules.selection import Candidates, Hint, take
+from gossamer.targets import Target
+
+StateOf = Callable[[Tensor], Iterable[Tensor]]
+"""Parameter → further tensors of its shape that die with it, such as an optimizer's moments."""
+
+
+@dataclass
+class Layer:
+    """A target on its way through the rules.
+
+    Args:
+        target: whose weight it is.
+        dims: axes of the weight's view that a unit spans.
+        n_units: how many units there are.
+        masked: how many of them are masked; None where only the device knows.
+        floor: how many were zero before, and stay so whatever the schedule says.
+    """
+
+    target: Target
+    dims: tuple[int, ...]
+    n_units: int
+    masked: int | None = 0
+    floor: int = 0
+
+
+class Layers(Mapping[str, Layer]):
+    """The layers that take part, by name, with their masks and what a criterion may look at.
+
+    Args:
+        model: the network that the targets are of.
+        targets: the weights.
+        granularity: how they are cut.
+        m: length of the blocks that units compete in along the inputs; 0 for none.
+        criterion: says how much a unit matters.
+        seed: of the criterion 'random'.
+
+    Raises:
+        TargetError: a layer cannot be cut that way.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        granularity: Granularity,
+        m: int,
+        criterion: Criterion,
+        seed: int = 0,
+    ) -> None:
+        self.targets, self.criterion = targets, criterion
+        self._layers = {t.name: self._cut(t, granularity, m) for t in targets}
+        weights = {t.name: t.weight for t in targets}
+        self.masks = Masks(weights)
+        self.evidence = Evidence(criterion, weights, seed)
+        self._companions = self._find_companions(model)
+
+    def __getitem__(self, name: str) -> Layer:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def _cut(self, target: Target, granularity: Granularity, m: int) -> Layer:
+        try:
+            dims = granularity.spans(target.axes)
+        except ArgumentError as error:
+            raise TargetError(f"layer {target.name!r} ({target.type}): {error}") from None
+        shape = [1 if i in dims else n for i, n in enumerate(target.view)]
+        layer = Layer(target, dims, int(torch.Size(shape).numel()))
+        inputs = shape[target.axes.index("i")]
+        if m and inputs % m:
+            raise TargetError(
+                f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of {m}, "
+                f"as the context needs; leave it dense with exclude=[{target.name!r}]"
+            )
+        return layer
+
+    def units(self, layer: Layer) -> Tensor:
+        """The mask, one bool a unit."""
+        mask = self.masks.on(layer.target.name, layer.target.weight.device)
+        return units_of(mask.view(layer.target.view), layer.dims)
+
+    def scores(self, layer: Layer) -> Tensor:
+        """How much each unit matters, in the shape of the weight's view, cut."""
+        name, weight = layer.target.name, layer.target.weight
+        evidence = {k: widen(t) for k, t in self.evidence.gather(name, weight).items()}
+        return pool(self.criterion.score(evidence).reshape(layer.target.view), layer.dims)
+
+    def flat_scores(self, layer: Layer) -> Tensor | ScoresOnDemand:
+        """The same, flat; computed slice by slice where that will do."""
+        if not layer.dims and self.criterion.elementwise:
+            return ScoresOnDemand(self.criterion, self.evidence.gather(layer.target.name, layer.target.weight))
+        return self.scores(layer).reshape(-1)
+
+    def drop(self, layer: Layer, candidates: Candidates, need: int, state_of: StateOf) -> Hint | None:
+        """Masks the candidates that go, and zeroes them; a hint for the next time."""
+        goes, hint = take(candidates, need)
+        weight, positions = layer.target.weight, candidates.positions
+        tensors = [weight, *state_of(weight)]
+        flat = self.masks[layer.target.name].view(-1)
+        if layer.dims:
+            flat = self.units(layer).reshape(-1).clone()
+        if candidates.settled is not None:
+            flat ^= candidates.settled  # all of which were kept, as the candidates were
+        # NumPy writes at positions faster than torch, and choosing from them first would take longer than writing all.
+        flat.numpy()[positions.numpy()] = ~goes.numpy()
+        if layer.dims:
+            self.replace(layer, flat, state_of)
+        elif candidates.settled is None and all(t.is_contiguous() for t in tensors):
+            zero_at(tensors, positions[goes])
+        else:
+            zero_masked(tensors, self.masks[layer.target.name])
+        return hint
+
+    def replace(self, layer: Layer, units: Tensor, state_of: StateOf) -> None:
+        """Puts another mask in place, one bool a unit, and zeroes what it masks."""
+        target = layer.target
+        cut = [1 if i in layer.dims else n for i, n in enumerate(target.view)]
+        self.masks.replace(target.name, expand(units.reshape(cut), target.view).view(target.weight.shape))
+        zero_masked([target.weight, *state_of(target.weight)], self.masks[target.name])
+
+    def apply(self, layer: Layer, state_of: StateOf) -> None:
+        """Zeroes what is masked."""
+        if layer.masked == 0:
+            return
+        weight = layer.target.weight
+        zero_masked([weight, *state_of(weight)], self.masks.on(layer.target.name, weight.device))
+
+    def masked_companions(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Biases and normalisations whose channels die with the layers' filters, with their masks."""
+        for name, parameters in self._companions.items():
+            layer = self[name]
+            channels = output_channels(self.units(layer), layer.target.axes, layer.dims)
+            if channels is not None and layer.masked != 0:
+                for parameter in parameters:
+                    yield parameter, channels.contiguous()
+
+    def apply_companions(self, state_of: StateOf) -> None:
+        """Zeroes those."""
+        for parameter, channels in self.masked_companions():
+            zero_masked([parameter, *state_of(parameter)], channels)
+
+    def _find_companions(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
+        whole = [t for t in self.targets if {t.axes[d] for d in self[t.name].dims} == set(t.axes) - {"g", "o"}]
+        if not whole:
+            return {}
+        # A weight may serve several layers, and each has a bias and a normalisation of its own.
+        users = {t.name: (t.module, *t.shared_with) for t in whole if not isinstance(t.module, nn.Embedding)}
+        modules = {f"{i} {name}": m for name, ms in users.items() for i, m in enumerate(ms)}
+        parts = find_companions(model, modules)
+        return {name: [p for i in range(len(ms)) for p in parts[f"{i} {name}"]] for name, ms in users.items()}
+
+    def check_weights(self) -> None:
+        """Makes sure that scores can be compared.
+
+        Raises:
+            TargetError: a weight is nan or infinite, or of another shape than its mask.
+            ArgumentError: the criterion gives something else than scores.
+        """
+        for target in self.targets:
+            weight, mask = target.weight.detach(), self.masks[target.name]
+            if weight.shape != mask.shape:
+                raise TargetError(
+                    f"layer {target.name!r} has a weight of shape {tuple(weight.shape)} now, and its mask is of "
+                    f"{tuple(mask.shape)}; make a new Sparsifier after changing layers"
+                )
+            # A sum is finite only where all its terms are, and takes a fraction of the time that looking at each takes.
+            total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+            if not bool(torch.isfinite(total)) and not bool(torch.isfinite(weight).all()):
+                raise TargetError(
+                    f"layer {target.name!r} has nan or infinite weights, which no criterion can rank; "
+                    "restore a checkpoint from before, or lower the learning rate"
+                )
+        if not self.criterion.elementwise:  # a function of the user's own may fail at any layer
+            for layer in self.values():
+                self.scores(layer)

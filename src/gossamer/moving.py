@@ -1,0 +1,150 @@
+"""Where do the masks go next? Fractions → counts → units, layer by layer or over all of them, and onto the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ArgumentError
+from gossamer.evidence import ScoresOnDemand
+from gossamer.layers import Layer, Layers, StateOf
+from gossamer.rules.allocation import Context, count, global_counts, pooled_counts, round_kept
+from gossamer.rules.selection import Candidates, Hint, hint_after, nest, select, select_n_m, survey
+
+
+class Mover:
+    """Moves the masks of layers to what a context gives each of them.
+
+    Args:
+        layers: whose masks.
+        context: which units compete.
+        skip_frozen: whether masks of frozen layers stay as they are.
+    """
+
+    def __init__(self, layers: Layers, context: Context, skip_frozen: bool = False) -> None:
+        self.layers, self.context, self.skip_frozen = layers, context, skip_frozen
+        self.forget()
+
+    def forget(self) -> None:
+        """Takes the masks as they are now for what the next move starts from."""
+        self._hints: dict[str, Hint | None] = {}
+        self._pooled: tuple[int, int | None, int] | None = None  # a global context's goal, rounding, number of layers
+
+    def move(self, fractions: Mapping[str, Fraction], round_to: int | None, state_of: StateOf) -> None:
+        """Moves the masks to a fraction of each layer's units, exactly, and applies them.
+
+        Args:
+            fractions: layer name → fraction of units to mask; layers that it lacks are only masked again.
+            round_to: round the units that a layer keeps to the nearest multiple of this.
+            state_of: further tensors to zero where the weights are.
+        """
+        changed: dict[str, bool | Tensor] = {}
+        if self.context.kind == "global":
+            changed = self._move_global(max(fractions.values(), default=Fraction(0)), round_to, state_of)
+        else:
+            for name, layer in self.layers.items():
+                self.layers.apply(layer, state_of)
+                if name not in fractions or self._is_frozen(layer):
+                    continue
+                goal = max(layer.floor, rounded(count(fractions[name], layer.n_units), layer, round_to))
+                if goal != layer.masked:
+                    self._move_layer(layer, goal, state_of)
+                    changed[name] = True
+        for name, flag in changed.items():
+            self.layers.evidence.moved(name, self.layers[name].target.weight, flag)
+        self.layers.apply_companions(state_of)
+
+    def _is_fast(self, layer: Layer) -> bool:
+        return layer.target.weight.device.type == "cpu" and not self.context.m
+
+    def _is_frozen(self, layer: Layer) -> bool:
+        return self.skip_frozen and not layer.target.weight.requires_grad
+
+    def _move_layer(self, layer: Layer, goal: int, state_of: StateOf) -> None:
+        name = layer.target.name
+        need = goal - layer.masked if layer.masked is not None else 0
+        if need > 0 and self._is_fast(layer):
+            kept = self.layers.units(layer).reshape(-1)
+            found = self._survey([self.layers.flat_scores(layer)], [kept], need, self._hints.get(name))
+            self._hints[name] = self.layers.drop(layer, found[0], need, state_of)
+        else:
+            self.layers.replace(layer, self._select(layer, self.layers.scores(layer), goal), state_of)
+        layer.masked = goal
+
+    def _survey(
+        self, scores: Sequence[Tensor | ScoresOnDemand], kept: Sequence[Tensor], need: int, hint: Hint | None
+    ) -> list[Candidates]:
+        try:
+            return survey(scores, kept, need, hint)
+        except ArgumentError:
+            self.layers.check_weights()  # which can say in which layer the numbers went wrong
+            raise
+
+    def _move_global(self, fraction: Fraction, round_to: int | None, state_of: StateOf) -> dict[str, bool | Tensor]:
+        for layer in self.layers.values():
+            self.layers.apply(layer, state_of)
+        layers = [layer for layer in self.layers.values() if not self._is_frozen(layer)]
+        if not layers:
+            return {}
+        goal = max(count(fraction, sum(la.n_units for la in layers)), sum(la.floor for la in layers))
+        now = [layer.masked for layer in layers]
+        known = [n for n in now if n is not None]
+        fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
+        if (goal, round_to, len(layers)) == self._pooled:
+            return {}
+        self._pooled = (goal, round_to, len(layers))
+        if not fast or goal < sum(known) or round_to is not None:
+            return self._select_global(layers, goal, round_to, state_of)
+        need = goal - sum(known)
+        if not need:
+            return {}
+        kept = [self.layers.units(layer).reshape(-1) for layer in layers]
+        found = self._survey([self.layers.flat_scores(layer) for layer in layers], kept, need, self._hints.get(""))
+        counts, threshold = pooled_counts(need, [c.n_settled for c in found], [c.scores for c in found])
+        for layer, candidates, here in zip(layers, found, counts, strict=True):
+            if here:
+                self.layers.drop(layer, candidates, here, state_of)
+                layer.masked = (layer.masked or 0) + here
+        left = sum(c.n_settled + len(c.scores) for c in found) - need
+        self._hints[""] = hint_after(found[0].upper, threshold, left)
+        return {layer.target.name: True for layer, here in zip(layers, counts, strict=True) if here}
+
+    def _select_global(
+        self, layers: Sequence[Layer], goal: int, round_to: int | None, state_of: StateOf
+    ) -> dict[str, bool | Tensor]:
+        """The plain way, and the device's: counts by counting, then the layers one by one; nothing is copied back."""
+        scores = [self.layers.scores(layer) for layer in layers]
+        nested = scores
+        if round_to is None:  # else rounding has moved the masks off the goal, and the scores alone decide
+            kept = [self.layers.units(layer) for layer in layers]
+            units = sum(layer.n_units for layer in layers)
+            more = units - torch.stack([k.sum() for k in kept]).sum() <= goal
+            nested = [nest(s, k, more) for s, k in zip(scores, kept, strict=True)]
+        counts = global_counts(goal, nested)
+        changed: dict[str, bool | Tensor] = {}
+        for i, layer in enumerate(layers):
+            masked: int | Tensor = counts[i]
+            layer.masked = None
+            if round_to is not None or self._is_fast(layer):
+                masked = layer.masked = rounded(int(counts[i]), layer, round_to)
+            units = self._select(layer, scores[i], masked)
+            changed[layer.target.name] = (units != self.layers.units(layer)).any()
+            self.layers.replace(layer, units, state_of)
+        return changed
+
+    def _select(self, layer: Layer, scores: Tensor, goal: int | Tensor) -> Tensor:
+        units = self.layers.units(layer)
+        if not self.context.m:
+            return select(scores, units, goal)
+        # Blocks run along the inputs: bring that axis last, choose, and bring it back.
+        axis = layer.target.axes.index("i")
+        chosen = select_n_m(scores.movedim(axis, -1), units.movedim(axis, -1), int(goal), self.context.m)
+        return chosen.movedim(-1, axis)
+
+
+def rounded(masked: int, layer: Layer, round_to: int | None) -> int:
+    """Units to mask so that what a layer keeps is the nearest multiple."""
+    return masked if round_to is None else round_kept(masked, layer.n_units, round_to)
