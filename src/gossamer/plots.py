@@ -127,3 +127,40 @@ def plot_training(
     ax.set(xlabel="fraction of training", ylabel="sparsity (%)", xlim=(0, 1.02), ylim=(0, None))
     ax.legend(frameon=False)
     return ax
+
+
+def plot_lottery(curves: Mapping[str, Mapping[float, Sequence[float]]], ax: Axes | None = None) -> Axes:
+    """Draws scores over the weights that remain, every halving as far as the one before, dense on the left.
+
+    The first curve stands out. Where a point has several scores, the line is their mean and a band spans them.
+
+    Args:
+        curves: label → percent of weights that remain → scores.
+        ax: matplotlib axes to draw on; new ones if not given.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> ax = plot_lottery({"ticket": {50.0: [0.5, 1.0], 100.0: [0.5]}})
+        >>> ax.lines[0].get_xydata().tolist()
+        [[100.0, 0.5], [50.0, 0.75]]
+    """
+    ax = _plain(_axes(ax, (7, 4)))
+    ax.set_xscale("log", base=2)
+    ticks: set[float] = set()
+    for i, (label, points) in enumerate(curves.items()):
+        at = sorted(points, reverse=True)
+        ticks |= set(at)
+        color = (_ACCENT, _INK, "#8a9aab", "#d9a441")[i % 4]
+        ax.plot(at, [sum(points[x]) / len(points[x]) for x in at], "o-", color=color, markersize=4, label=label)
+        if any(len(scores) > 1 for scores in points.values()):
+            ax.fill_between(at, [min(points[x]) for x in at], [max(points[x]) for x in at], color=color, alpha=0.15)
+    shown = sorted(ticks, reverse=True)[:: max(1, -(-len(ticks) // 9))]
+    ax.set_xticks(shown, [f"{x:.3g}" for x in shown])
+    ax.set_xticks([], minor=True)
+    ax.invert_xaxis()
+    ax.set(xlabel="weights that remain (%)", ylabel="score")
+    ax.legend(frameon=False)
+    return ax

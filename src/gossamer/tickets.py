@@ -11,14 +11,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import FileError, StateError, closest
+from gossamer.errors import ArgumentError, FileError, StateError
 from gossamer.masks import pack, unpack, zero_masked
+from gossamer.sparsifier import Sparsifier
 from gossamer.storage.tensors import load_tensors, save_tensors
+from gossamer.targets import unwrapped
 from gossamer.training import SparseTraining, forget
+from gossamer.weights import check_weights, load_weights
 
 _FORMAT, _VERSION = "gossamer-ticket", 1
 
@@ -45,9 +49,17 @@ class Ticket:
     @property
     def sparsity(self) -> float:
         """Zeros among the weights that have masks, in percent, counted."""
+        self._check()
         total = sum(m.numel() for m in self.masks.values())
         zeros = sum(m.numel() - int(torch.count_nonzero(self.weights[_key(n)])) for n, m in self.masks.items())
         return 100 * zeros / total
+
+    def _check(self) -> None:
+        if not self.masks:
+            raise ArgumentError("a ticket without a mask has no sparsity; give masks, layer name → bool")
+        lacking = next((name for name in self.masks if _key(name) not in self.weights), None)
+        if lacking is not None:
+            raise ArgumentError(f"layer {lacking!r} has a mask but no weight {_key(lacking)!r}; give both")
 
     @property
     def filename(self) -> str:
@@ -69,20 +81,7 @@ class Ticket:
             >>> net.weight.tolist()
             [[0.0, 1.0]]
         """
-        state = model.state_dict()
-        odd = sorted(set(state) ^ set(self.weights))
-        if odd:
-            where = "is not in this network" if odd[0] in self.weights else "is not in the ticket"
-            raise FileError(f"the ticket is of another network: {odd[0]!r} {where}. {closest(odd[0], state)}")
-        for name, tensor in state.items():
-            if tensor.shape != self.weights[name].shape:
-                raise FileError(
-                    f"the ticket is of another network: {name!r} has shape {tuple(self.weights[name].shape)} there and "
-                    f"{tuple(tensor.shape)} here"
-                )
-        with torch.no_grad():
-            for name, tensor in state.items():
-                tensor.copy_(self.weights[name])
+        load_weights(unwrapped(model), self.weights, "the ticket")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the ticket to a safetensors file, whole or not at all.
@@ -138,6 +137,10 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
         if _key(layer) not in weights:
             raise FileError(f"{os.fspath(path)!r}: layer {layer!r} has a mask but no weight; take another copy")
         masks[layer] = unpack(packed, weights[_key(layer)].shape, layer)
+        if bool(weights[_key(layer)][~masks[layer]].any()):
+            raise FileError(f"{os.fspath(path)!r}: layer {layer!r} has weights under its mask; take another copy")
+    if not masks:
+        raise FileError(f"{os.fspath(path)!r} is a ticket without a mask; take another copy")
     try:
         epoch = int(metadata.get("epoch", ""))
     except ValueError:
@@ -153,9 +156,9 @@ class Lottery:
     Args:
         run: the run whose masks and network it works on. Only the part of the network that the run's sparsifier was
             given is ever saved or rewound.
+        rewind_epoch: the epoch at whose start `begin_epoch` takes the snapshot.
 
     Example:
-        >>> from gossamer.sparsifier import Sparsifier
         >>> net = nn.Linear(4, 2)
         >>> run = SparseTraining(Sparsifier(net, layer_type=nn.Linear), None, 50, "one_shot", total_steps=2)
         >>> lottery = Lottery(run); lottery.snapshot(epoch=0)
@@ -165,15 +168,86 @@ class Lottery:
         50.0
     """
 
-    def __init__(self, run: SparseTraining) -> None:
+    def __init__(self, run: SparseTraining, rewind_epoch: int = 0) -> None:
+        if not isinstance(run, SparseTraining):
+            raise ArgumentError(
+                f"a Lottery works on a SparseTraining, got a {type(run).__name__}; make one: "
+                "SparseTraining(sparsifier, …)"
+            )
         self.run = run
         self.epoch = 0
+        self.rewind_epoch = rewind_epoch
+        self._is_due = False
         self._weights: dict[str, Tensor] = {}
 
     @property
     def has_snapshot(self) -> bool:
         """Whether there are weights to go back to."""
         return bool(self._weights)
+
+    @property
+    def rounds_are_epochs(self) -> bool:
+        """Whether a round of pruning is an epoch, since the schedule moves at every batch, and not one of its steps."""
+        return not self.run.schedule.stepwise
+
+    def check(self, epochs: int) -> None:
+        """Makes sure that the snapshot will be taken before pruning starts.
+
+        Args:
+            epochs: of the whole training.
+
+        Raises:
+            ArgumentError: it would not.
+        """
+        if self.has_snapshot:
+            return
+        schedule, rewind = self.run.schedule, self.rewind_epoch
+        if rewind >= epochs:
+            raise ArgumentError(f"rewind_epoch={rewind} is not in a fit of {epochs} epochs, which count from 0")
+        if schedule(rewind / epochs) > 0:
+            raise ArgumentError(
+                f"rewind_epoch={rewind} of {epochs} comes after pruning starts (schedule {schedule.name!r} starts at "
+                f"{schedule.start_pct:.0%} of training); start it later, as in schedule={schedule.name}.between("
+                f"{rewind / epochs:g}, 1)"
+            )
+
+    def begin_epoch(self, epoch: int) -> bool:
+        """Rewinds where the last round left that to do, and takes the snapshot when it is time.
+
+        Returns:
+            Whether the snapshot was taken.
+
+        Raises:
+            StateError: the epoch whose weights it should be is over.
+        """
+        if self._is_due:
+            self.rewind()
+        if self.has_snapshot or epoch < self.rewind_epoch:
+            return False
+        if epoch > self.rewind_epoch:
+            raise StateError(
+                f"training starts at epoch {epoch}, and the weights of epoch {self.rewind_epoch} were never saved; use "
+                f"rewind_epoch={epoch}, or the callback that saw that epoch"
+            )
+        self.snapshot(epoch)
+        return True
+
+    def ends_round(self, is_epoch_end: bool) -> bool:
+        """Whether a move of the masks, at an epoch's end or before it, was the last of a round."""
+        return self.has_snapshot and (is_epoch_end or not self.rounds_are_epochs)
+
+    def end_round(self, is_last: bool) -> None:
+        """Rewinds after a round; where rounds are epochs, once the next begins, so that the trained network is seen.
+
+        Args:
+            is_last: whether training ends here, so that nothing would train the rewound weights.
+        """
+        if is_last:
+            return
+        if self.rounds_are_epochs:
+            self._is_due = True
+        else:
+            self.rewind()
 
     def snapshot(self, epoch: int = 0) -> None:
         """Saves the network as it is, to go back to.
@@ -193,6 +267,7 @@ class Lottery:
             StateError: there is no snapshot.
         """
         self._need_snapshot()
+        self._is_due = False
         model = self.run.sparsifier.model
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
@@ -207,18 +282,49 @@ class Lottery:
             StateError: there is no snapshot.
         """
         self._need_snapshot()
-        weights = {n: t.clone() for n, t in self._weights.items()}
-        masks = {n: m.clone() for n, m in self.run.sparsifier.masks.items()}
-        sparsifier = self.run.sparsifier
-        masked = {id(p): m for p, m in sparsifier.masked_parameters()}
-        for name, parameter in sparsifier.model.named_parameters(remove_duplicate=False):
-            if id(parameter) in masked:
-                zero_masked([weights[name]], masked[id(parameter)])
-        return Ticket(weights, masks, self.epoch)
+        return ticket_of(self.run.sparsifier, self._weights, self.epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshot, its epoch, and whether there is something to rewind when the next epoch begins."""
+        return {"epoch": self.epoch, "is_due": self._is_due, "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            FileError: the weights are of another network.
+        """
+        own, weights = self.run.sparsifier.model.state_dict(), state["weights"]
+        if weights:
+            check_weights(own, weights, "the snapshot to rewind to")
+        self.epoch, self._is_due = int(state["epoch"]), bool(state["is_due"])
+        self._weights = {n: t.to(own[n].device) for n, t in weights.items()}
 
     def _need_snapshot(self) -> None:
         if not self._weights:
             raise StateError("no weights were saved to go back to; call snapshot() before pruning starts")
+
+
+def ticket_of(sparsifier: Sparsifier, weights: Mapping[str, Tensor], epoch: int = 0) -> Ticket:
+    """A sparsifier's masks as they are now, on other weights of its network.
+
+    Args:
+        sparsifier: whose masks, and what dies with its filters; they are copied.
+        weights: a state_dict of its model; they are copied.
+        epoch: at whose start they were saved.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> sparsifier = Sparsifier(net, layer_type=nn.Linear)
+        >>> ticket_of(sparsifier, {"weight": torch.tensor([[3.0, 4.0]])}).weights["weight"].tolist()
+        [[3.0, 4.0]]
+    """
+    copies = {n: t.detach().clone() for n, t in weights.items()}
+    masked = {id(p): m for p, m in sparsifier.masked_parameters()}
+    for name, parameter in sparsifier.model.named_parameters(remove_duplicate=False):
+        if id(parameter) in masked:
+            zero_masked([copies[name]], masked[id(parameter)].to(copies[name].device))
+    return Ticket(copies, {n: m.clone() for n, m in sparsifier.masks.items()}, epoch)
 
 
 def _key(layer: str) -> str:
