@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,71 +18,18 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import SchedCos, combine_scheds, sched_cos
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, Lookahead, OptimWrapper, RMSProp
-from sklearn.datasets import load_digits
+from helpers import Net, Watch, digits, learner, quiet
 from torch import nn
 
 from gossamer import ArgumentError, GossamerWarning, Schedule, StateError, TargetError
-from gossamer.integrations.fastai import SparsifyCallback
+from gossamer.integrations.fastai import KeepSparse, SparsifyCallback
 from gossamer.rules.criteria import large_final
 from gossamer.rules.schedules import agp, cos, dsd, iterative, lin, one_cycle, one_shot
 from gossamer.tickets import load_ticket
 
 PER_LAYER = {"conv1": 30, "conv2": 70, "conv3": 80}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
-        self.conv3 = nn.Conv2d(16, 20, 3)
-        self.head = nn.Linear(20, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.bn1(self.conv1(x)).relu()
-        x = self.bn2(self.conv2(x)).relu()
-        return self.head(self.conv3(x).relu().mean((2, 3)))
-
-
-def digits(train: int = 112, bs: int = 16) -> DataLoaders:
-    data = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    y = torch.tensor(data.target)
-    pairs = list(zip(x, y, strict=True))
-    return DataLoaders.from_dsets(pairs[:train], pairs[-40:], bs=bs, num_workers=0, device="cpu")
-
-
-def say_nothing(*_: Any) -> None: ...
-
-
-def learner(tmp_path: Path | None = None, dls: DataLoaders | None = None, **kwargs: Any) -> Learner:
-    torch.manual_seed(3)
-    kwargs.setdefault("metrics", accuracy)
-    learn = Learner(dls or digits(), Net(), loss_func=nn.CrossEntropyLoss(), path=tmp_path or Path("."), **kwargs)
-    learn.logger = say_nothing
-    return learn
-
-
-def quiet(learn: Learner, epochs: int, *callbacks: Callback) -> None:
-    with learn.no_bar():
-        learn.fit(epochs, 1e-2, cbs=list(callbacks))
-
-
-class Watch(Callback):
-    """Looks at the network right after every step, as the last of all callbacks to be called."""
-
-    order = 1000
-
-    def __init__(self, look: Callable[[Learner], None], event: str = "after_step") -> None:
-        self.look = look
-        setattr(self, event, self._look)
-
-    def _look(self) -> None:
-        self.look(self.learn)
 
 
 # -- the tutorial's lines ---------------------------------------------------------------------------------------------
@@ -533,6 +479,7 @@ def test_an_interrupted_fit_leaves_no_column_and_no_helper_on_the_learner() -> N
     callbacks = len(learn.cbs)
     with contextlib.suppress(KeyboardInterrupt):
         quiet(learn, 1, SparsifyCallback(50, verbose=False), Watch(stop))
+    learn.remove_cb(KeepSparse)
     assert (len(learn.metrics), len(learn.cbs)) == (1, callbacks)
     learn = learner(cbs=SparsifyCallback(50, verbose=False))
     with contextlib.suppress(KeyboardInterrupt):
@@ -540,12 +487,26 @@ def test_an_interrupted_fit_leaves_no_column_and_no_helper_on_the_learner() -> N
     assert len(learn.validate()) == 2
 
 
-def test_a_learner_with_the_callback_can_be_exported_and_pickled(tmp_path: Path) -> None:
-    learn = learner(tmp_path, cbs=SparsifyCallback(50, verbose=False))
+def test_a_pickled_callback_is_a_plain_one_and_a_copied_one_works_on(tmp_path: Path) -> None:
+    learn = learner(tmp_path, cbs=SparsifyCallback(50, schedule=lin, verbose=False))
     quiet(learn, 1)
-    again = pickle.loads(pickle.dumps(learn.sparsify))
-    assert again.criteria is large_final
-    assert again.sparse.sparsifier.masks.masked("conv3") == 1440
+    # What is exported must load where Gossamer is not, so nothing of it is in the file.
+    pickled = pickle.dumps(learn.sparsify)
+    assert b"gossamer" not in pickled
+    assert type(pickle.loads(pickled)) is Callback
+    twin = copy.deepcopy(learn)
+    assert twin.sparsify.criteria is large_final
+    assert twin.sparsify.sparse.sparsifier.masks.masked("conv3") == 1440
+    before = learn.model.conv3.weight.detach().clone()
+    quiet(twin, 1, Watch(lambda learn: _assert_masked(learn, twin.sparsify)))
+    assert twin.sparsify.report().zeros == 2052
+    assert not torch.equal(twin.model.conv3.weight, before)
+    assert torch.equal(learn.model.conv3.weight, before)  # the copy has a network of its own
+
+
+def _assert_masked(learn: Learner, callback: SparsifyCallback) -> None:
+    for name, mask in callback.sparse.sparsifier.masks.items():
+        assert not learn.model.get_submodule(name).weight[~mask].any(), name
 
 
 def test_dsd_that_was_interrupted_ends_dense_in_the_next_fit() -> None:

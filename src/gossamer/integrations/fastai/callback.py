@@ -1,4 +1,4 @@
-"""fastai: one callback that turns any `fit` into a sparse one. It translates events; the run below decides."""
+"""The callback that turns any `fit` into a sparse one. It translates events; the run below decides."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from fastai.callback.core import Callback
-from fastai.learner import Learner, Metric
+from fastai.learner import Learner
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError, GossamerWarning, StateError
+from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
+from gossamer.integrations.fastai.fit_file import FitFile, as_epochs
+from gossamer.integrations.fastai.followers import Announcer, KeepSparse, SparsityMetric, Traceless
+from gossamer.integrations.fastai.span import Span, fine_tune_epochs, next_span
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
 from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target
@@ -20,60 +22,21 @@ from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.granularity import Granularity, as_granularity
 from gossamer.rules.schedules import Schedule, as_schedule
 from gossamer.sparsifier import Sparsifier
-from gossamer.targets import LayerTypes, Target, as_layer_types
+from gossamer.targets import LayerTypes, Target, as_layer_types, as_patterns, resolve_sparsity, unwrapped
 from gossamer.tickets import Lottery
 from gossamer.training import SparseTraining
 
 
-class SparsityMetric(Metric):
-    """Percent of exact zeros among the weights that take part, as a column of fastai's table.
-
-    Args:
-        callback: the callback whose network is counted.
-    """
-
-    def __init__(self, callback: SparsifyCallback) -> None:
-        self._callback = callback
-
-    def reset(self) -> None:
-        """Nothing to forget: the weights are counted when the value is read."""
-
-    def accumulate(self, learn: Learner) -> None:
-        """Nothing to gather."""
-
-    @property
-    def value(self) -> float:
-        """Percent, as the epoch's printed line has it."""
-        return self._callback.sparsity_now()
-
-    @property
-    def name(self) -> str:
-        """The column's name."""
-        return "sparsity"
-
-
-class _Announcer(Callback):
-    """Speaks for a SparsifyCallback once all others have acted: fastai's row is out, a best checkpoint is loaded."""
-
-    order = 70
-    run_valid = False
-
-    def __init__(self, speaker: SparsifyCallback) -> None:
-        self._speaker = speaker
-
-    def after_epoch(self) -> None:
-        self._speaker.say_epoch()
-
-    def after_fit(self) -> None:
-        self._speaker.say_end()
-
-
-class SparsifyCallback(Callback):
+class SparsifyCallback(Traceless):
     """Makes a network sparse while fastai trains it.
 
     After every optimizer step the masks stand where the schedule says, the masked weights are exactly 0 and so is what
     the optimizer remembers of them; at the end of each epoch the masks stand at exactly that epoch's end, whatever the
     number of batches.
+
+    After the fit `learn.keep_sparse` stays on the learner and keeps zero what is masked, until `release()`. A second
+    fit with the same callback goes on from the masks that there are. `learn.fine_tune` is one schedule over both of its
+    phases.
 
     Args:
         sparsity: percent of units to mask in the end, or a dict of layer name or pattern → percent (context 'local').
@@ -94,6 +57,12 @@ class SparsifyCallback(Callback):
         verbose: whether to print what happens.
         metric: whether sparsity is a column of fastai's table.
         seed: of the criterion 'random'.
+        keep_zeros: whether weights that are zero already, as in a network made sparse before, stay zero.
+        skip_frozen: leave frozen layers as they are until they are unfrozen; by default they become sparse too.
+        total_epochs: epochs of the whole schedule, where several fits share it; by default each fit has its own.
+        checkpoint: a file that takes the whole state of the fit, safetensors and JSON, from which it can go on.
+        every: 'epoch', or a number: after every how many epochs the checkpoint is written; after the last anyway.
+        resume: go on from the checkpoint where there is one; the call stays as it was, with all its epochs.
 
     Raises:
         ArgumentError: an argument that cannot be used, when the callback is made or, where it depends on the network,
@@ -107,6 +76,7 @@ class SparsifyCallback(Callback):
     """
 
     run_valid = False
+    makes_sparse = True
     # Before callbacks that read the weights (averages, loggers), after fastai's own TrainEvalCallback.
     order = -4
 
@@ -130,6 +100,12 @@ class SparsifyCallback(Callback):
         verbose: bool = True,
         metric: bool = True,
         seed: int = 0,
+        keep_zeros: bool = True,
+        skip_frozen: bool = False,
+        total_epochs: int | None = None,
+        checkpoint: str | Path | None = None,
+        every: int | str = "epoch",
+        resume: bool = False,
     ) -> None:
         super().__init__()
         self.sparsity = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
@@ -137,6 +113,8 @@ class SparsifyCallback(Callback):
         self.context = as_context(context)
         self.criteria = as_criterion(criteria)
         self.schedule = as_schedule(schedule)
+        if isinstance(self.sparsity, dict):
+            resolve_sparsity(self.sparsity, ["", *(str(name) for name in self.sparsity)])  # names wait for the network
         for percent in self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]:
             check_target(as_fraction(percent), self.context)
         check_round_to(round_to, self.context)
@@ -157,9 +135,19 @@ class SparsifyCallback(Callback):
             )
         self.lth, self.rewind_epoch, self.reset_end, self.save_tickets = lth, rewind_epoch, reset_end, save_tickets
         self.round_to, self.layer_type = round_to, as_layer_types(layer_type)
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        self.ticket_dir = None if ticket_dir is None else Path(ticket_dir)
+        self.exclude = as_patterns(exclude)
+        self.ticket_dir = _as_path(ticket_dir, "ticket_dir")
         self.verbose, self.metric, self.seed = verbose, metric, seed
+        self.keep_zeros, self.skip_frozen = keep_zeros, skip_frozen
+        if total_epochs is not None and (
+            isinstance(total_epochs, bool) or not isinstance(total_epochs, int) or total_epochs < 1
+        ):
+            raise ArgumentError(f"total_epochs={total_epochs!r} is no number of epochs; give the sum over all fits")
+        if resume and checkpoint is None:
+            raise ArgumentError("resume=True has nothing to go on from; name the file: checkpoint='run.safetensors'")
+        self.total_epochs = total_epochs
+        file, every = _as_path(checkpoint, "checkpoint"), as_epochs(every)
+        self._file = None if file is None else FitFile(file, every, resume)
         self.history: list[dict[str, float]] = []
         self.tickets: list[Path] = []
         self.sparse: SparseTraining | None = None
@@ -168,8 +156,10 @@ class SparsifyCallback(Callback):
         self._said: set[str] = set()
         self._reset_epoch()
         self._line = ""
-        self._rewind_due = False
         self._hold_only = False
+        self.span = Span(1)
+        self._left: Span | None = None
+        self._keeper: KeepSparse | None = None
         if model is not None:
             self._build(model)
 
@@ -181,9 +171,13 @@ class SparsifyCallback(Callback):
 
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
-        if learn is None and self.learn is not None:
-            self._clean_up(self.learn)
-        self.__dict__["_learn"] = learn
+        before, self.__dict__["_learn"] = self.__dict__.get("_learn"), learn
+        if learn is None and before is not None:
+            self._clean_up(before)
+            if self.sparse is not None and any(self.sparse.sparsifier.masks.masked(n) for n in self.sparse.targets):
+                self._drop_keepers(before)
+                self._keeper = KeepSparse(self.sparse, self.verbose)
+                before.add_cb(self._keeper)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -198,28 +192,43 @@ class SparsifyCallback(Callback):
             raise StateError(
                 "to_non_native_fp16() keeps a second copy of the weights that masks would not reach; use to_fp16()"
             )
-        model: Any = self._part if self._part is not None else learn.model
-        if self._part is not None and not any(m is self._part for m in cast(nn.Module, learn.model).modules()):
+        model: Any = unwrapped(self._part if self._part is not None else cast(nn.Module, learn.model))
+        if self._part is not None and not any(m is model for m in cast(nn.Module, learn.model).modules()):
             raise ArgumentError(
                 f"model={type(self._part).__name__} is no part of the learner's model, so training would not reach it; "
                 "give a part of it, such as model=learn.model[0]"
             )
+        if self._hold_only:
+            if self.sparse is not None:
+                self.sparse.optimizer = learn.opt
+            return
+        self._clean_up(learn)
+        self.span = next_span(self._left, int(learn.n_epoch), self.total_epochs or fine_tune_epochs(learn))
+        goes_on, self._left = self._left is not None and self.span.done > 0, None
+        if self._file is not None:
+            self._file.look(self.span.total)
         if self.sparse is None or self.sparse.sparsifier.model is not model:
-            if self._hold_only:
-                return
             self._build(model)
         assert self.sparse is not None
         self.sparse.optimizer = learn.opt
-        if self._hold_only:
-            return
-        self._check_rewind(learn)
-        self.sparse.restart()
-        self._line, self._rewind_due = "", False
-        self._clean_up(learn)
-        learn.add_cb(_Announcer(self))
-        if self.metric:
-            learn.metrics = [*learn.metrics, SparsityMetric(self)]
-        self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
+        self._drop_keepers(learn)  # this run has taken over their zeros, or was told not to
+        if self._lottery is not None:
+            self._lottery.check(self.span.total)
+        if not goes_on:
+            self.sparse.restart()
+        self._line = ""
+        self._attach(learn)
+        if not goes_on:
+            self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
+        if self.sparse.zeros_kept:
+            total = sum(m.numel() for m in self.sparse.sparsifier.masks.values())
+            self._say_once(
+                f"Keeping the {self.sparse.zeros_kept:,} zeros that are there "
+                f"({100 * self.sparse.zeros_kept / total:.2f}%); keep_zeros=False would let them grow"
+            )
+        said = "" if self._file is None else self._file.attach(self, learn)
+        if said:
+            self._say(said)
 
     def before_train(self) -> None:
         """Rewinds what is due, and saves the weights to rewind to."""
@@ -227,30 +236,22 @@ class SparsifyCallback(Callback):
         lottery = self._lottery
         if lottery is None or self._hold_only:
             return
-        epoch = int(self._learner().epoch)
-        if self._rewind_due:
-            lottery.rewind()
-            self._rewind_due = False
-        if not lottery.has_snapshot:
-            if epoch > self.rewind_epoch:
-                raise StateError(
-                    f"training starts at epoch {epoch}, and the weights of epoch {self.rewind_epoch} were never saved; "
-                    f"use rewind_epoch={epoch}, or the callback that saw that epoch"
-                )
-            if epoch == self.rewind_epoch:
-                lottery.snapshot(epoch)
-                self._say(f"Saving Weights at epoch {epoch}")
+        epoch = self.span.done + int(self._learner().epoch)
+        if lottery.begin_epoch(epoch):
+            self._say(f"Saving Weights at epoch {epoch}")
 
     def after_step(self) -> None:
         """Moves the masks to where the schedule stands after this step, or holds them where a round is an epoch."""
         if self.sparse is None:
             return
         learn = self._learner()
-        if self._hold_only or self._rounds_are_epochs:
+        self.sparse.optimizer = learn.opt  # learn.export in the middle of a fit makes a new one
+        if self._hold_only or (
+            self.lth and not self.schedule.stepwise
+        ):  # where a round is an epoch, masks move at its end
             self.sparse.hold()
             return
-        # Whole numbers first: the last batch of epoch e must give (e + 1) / n_epoch and nothing next to it.
-        self._move((learn.epoch * learn.n_iter + learn.iter + 1) / (learn.n_epoch * learn.n_iter))
+        self._move(self.span.position(int(learn.epoch), int(learn.iter) + 1, int(learn.n_iter)))
 
     def after_cancel_train(self) -> None:
         """Leaves the masks where the last step put them."""
@@ -264,8 +265,9 @@ class SparsifyCallback(Callback):
         if not self._cancelled and self._position != end:
             self._move(end)
         sparsity = self.sparsity_now()
-        position = max(self._position, learn.epoch / learn.n_epoch) if self._cancelled else end
-        self.history.append({"epoch": learn.epoch, "position": position, "sparsity": sparsity})
+        epoch = int(learn.epoch)
+        position = max(self._position, self.span.position(epoch)) if self._cancelled else end
+        self.history.append({"epoch": self.span.done + epoch, "position": position, "sparsity": sparsity})
         average = "avg=" if isinstance(self.sparsity, dict) else ""
         self._line = f"Sparsity at the end of epoch {learn.epoch}: {average}{sparsity:.2f}%"
 
@@ -273,7 +275,8 @@ class SparsifyCallback(Callback):
         """Puts the saved weights back where the supermask network was asked for."""
         if self.sparse is None or self._hold_only or self._only_validates:
             return
-        if self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
+        self._left = self.span.after(int(self._learner().n_epoch))
+        if self._left is None and self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
             self._lottery.rewind()
             self._say(f"Weights reset to those of epoch {self._lottery.epoch}")
 
@@ -290,12 +293,15 @@ class SparsifyCallback(Callback):
         learn = self._learner()
         if self._only_validates or self.sparse is None:
             return
+        if self._left is not None:  # another fit goes on with the schedule
+            self._clean_up(learn)
+            return
         report = self.report()
         if any(bool(t.weight.detach()[~m].any()) for t, m in self._masked()):
             warnings.warn(
                 f"weights that were loaded after training lack the final masks: {report.sparsity:.2f} % are zero. "
-                "A best checkpoint from before the target does that; save each epoch and pick a later one, or drop the "
-                "callback that loads it",
+                "A best checkpoint from before the target does that; use SaveSparseModelCallback, which keeps the best "
+                "of those at the target",
                 GossamerWarning,
                 stacklevel=2,
             )
@@ -332,6 +338,9 @@ class SparsifyCallback(Callback):
             StateError: before the first fit.
         """
         self._run().release()
+        if self._keeper is not None:
+            self._keeper.leave()
+            self._keeper = None
 
     def plot(self, ax: Any = None) -> Any:
         """Draws sparsity over training: what the schedule asked for, and what was counted.
@@ -343,16 +352,54 @@ class SparsifyCallback(Callback):
         targets = self._run().targets.values()
         return plot_training(self.history, self.schedule, float(100 * sum(targets) / len(targets)), ax)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the run but the weights and the optimizer, which save themselves.
+
+        Raises:
+            StateError: before the first fit.
+        """
+        return {
+            "run": self._run().state_dict(),
+            "lottery": None if self._lottery is None else self._lottery.state_dict(),
+            "history": [dict(row) for row in self.history],
+            "tickets": [str(path) for path in self.tickets],
+            "said": sorted(self._said),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Makes sure that a state is of a run by these rules.
+
+        Raises:
+            FileError: it is not.
+            StateError: before the first fit.
+        """
+        self._run().check_state(state["run"])
+        if (state["lottery"] is None) != (self._lottery is None):
+            raise FileError(
+                "the state is of a run with other arguments: lth, reset_end or save_tickets; make the callback as that "
+                "one was"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            FileError: it is of another network, or of a run by other rules.
+            StateError: before the first fit.
+        """
+        self.check_state(state)
+        self._run().load_state_dict(state["run"])
+        if self._lottery is not None:
+            self._lottery.load_state_dict(state["lottery"])
+        self.history, self.tickets = list(state["history"]), [Path(path) for path in state["tickets"]]
+        self._said = set(state["said"])
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     @property
     def _only_validates(self) -> bool:
         # validate() and get_preds() send fit's outer events too, and hold the learner's lock meanwhile.
         return bool(self._learner().lock.locked())
-
-    @property
-    def _rounds_are_epochs(self) -> bool:
-        return self.lth and not self.schedule.stepwise
 
     def _learner(self) -> Learner:
         learn = self.learn
@@ -373,48 +420,29 @@ class SparsifyCallback(Callback):
             self.layer_type,
             exclude=self.exclude,
             seed=self.seed,
+            skip_frozen=self.skip_frozen,
         )
-        self.sparse = SparseTraining(sparsifier, None, self.sparsity, self.schedule, round_to=self.round_to)
+        self.sparse = SparseTraining(
+            sparsifier, None, self.sparsity, self.schedule, round_to=self.round_to, keep_zeros=self.keep_zeros
+        )
         self.history, self.tickets, self._said, self._lottery = [], [], set(), None
         if self.lth or self.reset_end or self.save_tickets:
-            self._lottery = Lottery(self.sparse)
-
-    def _check_rewind(self, learn: Learner) -> None:
-        if self._lottery is None or self._lottery.has_snapshot:
-            return
-        if self.rewind_epoch >= learn.n_epoch:
-            raise ArgumentError(
-                f"rewind_epoch={self.rewind_epoch} is not in a fit of {learn.n_epoch} epochs, which count from 0"
-            )
-        start = self.rewind_epoch / learn.n_epoch
-        if self.schedule(start) > 0:
-            raise ArgumentError(
-                f"rewind_epoch={self.rewind_epoch} of {learn.n_epoch} comes after pruning starts (schedule "
-                f"{self.schedule.name!r} starts at {self.schedule.start_pct:.0%} of training); start it later, as in "
-                f"schedule={self.schedule.name}.between({start:g}, 1)"
-            )
+            self._lottery = Lottery(self.sparse, self.rewind_epoch)
 
     def _move(self, position: float) -> None:
-        run, lottery = self._run(), self._lottery
-        changed = run.move_to(position)
-        self._position = position
-        if not changed or lottery is None or not lottery.has_snapshot:
-            return
-        is_round = self.schedule.stepwise or position == self._epoch_end()
-        if not is_round:
+        lottery, run = self._lottery, self._run()
+        changed, self._position = run.move_to(position), position
+        if not changed or lottery is None or not lottery.ends_round(is_epoch_end=position == self._epoch_end()):
             return
         if self.save_tickets:
             self._save_ticket(lottery)
-        if self.lth and position < 1:  # after the last round nothing would train the rewound weights
-            if self._rounds_are_epochs:
-                self._rewind_due = True  # once the epoch's network has been validated
+        if self.lth:
+            if lottery.rounds_are_epochs:
                 self._say_once(f"{self.schedule.name!r} moves at every batch, so each epoch is one round of pruning")
-            else:
-                lottery.rewind()
+            lottery.end_round(is_last=position >= 1)
 
     def _epoch_end(self) -> float:
-        learn = self._learner()
-        return (learn.epoch + 1) / learn.n_epoch
+        return self.span.position(int(self._learner().epoch) + 1)
 
     def _save_ticket(self, lottery: Lottery) -> None:
         learn = self._learner()
@@ -428,9 +456,21 @@ class SparsifyCallback(Callback):
         sparsifier = self._run().sparsifier
         return [(t, sparsifier.masks.on(t.name, t.weight.device)) for t in sparsifier.targets]
 
+    # -- what is on the learner during a fit --------------------------------------------------------------------------
+
+    def _attach(self, learn: Learner) -> None:
+        learn.add_cb(Announcer(self, self.say_epoch, self.say_end))
+        if self.metric:
+            learn.metrics = [*learn.metrics, SparsityMetric(self.sparsity_now)]
+
     def _clean_up(self, learn: Learner) -> None:
-        learn.metrics = learn.metrics.filter(lambda m: getattr(m, "_callback", None) is not self)
-        learn.remove_cbs([c for c in learn.cbs if isinstance(c, _Announcer) and c._speaker is self])
+        learn.metrics = learn.metrics.filter(lambda m: getattr(m, "_count", None) != self.sparsity_now)
+        learn.remove_cbs([c for c in learn.cbs if getattr(c, "owner", None) is self])
+
+    def _drop_keepers(self, learn: Learner) -> None:
+        model = self._run().sparsifier.model
+        for cb in [c for c in learn.cbs if isinstance(c, KeepSparse) and c.sparse.sparsifier.model is model]:
+            cb.leave()
 
     def _reset_epoch(self) -> None:
         self._position = -1.0
@@ -444,3 +484,9 @@ class SparsifyCallback(Callback):
         if text not in self._said:
             self._said.add(text)
             self._say(text)
+
+
+def _as_path(path: Any, what: str) -> Path | None:
+    if path is not None and not isinstance(path, (str, Path)):
+        raise ArgumentError(f"{what}={path!r} is no path; give a str or a pathlib.Path")
+    return None if path is None else Path(path)

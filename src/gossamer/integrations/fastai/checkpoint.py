@@ -1,0 +1,275 @@
+"""A whole fastai fit in one file, and back: what a run that was stopped needs to go on as if it had not been."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable as Function
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from fastai.callback import core
+from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner, Recorder
+from fastcore.foundation import L
+from torch import Tensor, nn
+
+from gossamer.errors import FileError, GossamerWarning
+from gossamer.integrations.fastai.followers import Traceless
+from gossamer.randomness import generator_state, random_state, restore_generator, restore_random_state
+from gossamer.targets import unwrapped
+from gossamer.weights import check_weights, load_weights
+
+_OWN = (Traceless, TrainEvalCallback, ProgressCallback, Recorder)
+
+
+def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything of a fit at the end of an epoch, but for the sparse run.
+
+    Args:
+        learn: between two epochs.
+        before: `counters` of the callbacks when the fit began; what has changed since is part of the state.
+
+    Returns:
+        Nested dicts that `save_state` can write.
+    """
+    model = unwrapped(cast(nn.Module, learn.model))
+    now = counters(learn)
+    changed = {
+        name: {k: v for k, v in values.items() if not _same(before.get(name, {}).get(k), v)}
+        for name, values in now.items()
+    }
+    state: dict[str, Any] = {
+        "model": model.state_dict(),
+        # What accumulation carries over from one epoch to the next; else gradients are gone by now, or zero.
+        "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())},
+        "optimizer": cast(Any, learn).opt.state_dict(),
+        "callbacks": {n: v for n, v in changed.items() if v},
+        "states": {cb.name: cb.state_dict() for cb in _others(learn) if _has_state(cb)},
+        "loaders": [_loader_state(dl) for dl in learn.dls.loaders],
+        "train_iter": int(cast(Any, learn).train_iter),
+        "random": random_state(),
+    }
+    scaler = getattr(learn, "scaler", None)
+    if scaler is not None:
+        state["scaler"] = scaler.state_dict()
+    recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
+    if recorder is not None:
+        smooth = recorder.smooth_loss
+        losses = [float(v) for v in recorder.losses]
+        state["recorder"] = {
+            "lrs": np.array(recorder.lrs, dtype=np.float64),
+            "losses": torch.tensor(losses, dtype=torch.float64),
+            "iters": list(recorder.iters),
+            "values": [list(row) for row in recorder.values],
+            "smooth": {"count": smooth.count, "val": smooth.val},
+        }
+    return state
+
+
+def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
+    """Puts weights and optimizer back; all or nothing.
+
+    Args:
+        learn: in the `before_fit` of the fit that goes on.
+        state: of `learner_state`.
+        path: of the file, for the messages.
+
+    Raises:
+        FileError: they are of another network, or of an optimizer with other groups.
+    """
+    model, opt = unwrapped(cast(nn.Module, learn.model)), cast(Any, learn.opt)
+    what = f"the checkpoint {str(path)!r}"
+    check_weights(model.state_dict(), state["model"], what)
+    saved = state["optimizer"]
+    groups = [len(group) for group in opt.param_lists]
+    if "hypers" in saved:  # fastai's own; torch's say which parameters are in which group
+        same = len(saved["hypers"]) == len(groups) and len(saved["state"]) == sum(groups)
+    else:
+        same = [len(g["params"]) for g in saved.get("param_groups", [])] == groups
+    if not same:
+        raise FileError(
+            f"{what} is of a fit with another optimizer, or other parameter groups; use the opt_func and the splitter "
+            "that it was made with"
+        )
+    load_weights(model, state["model"], what)
+    if "hypers" in saved:
+        parameters = [p for group in opt.param_lists for p in group]
+        saved = {
+            "hypers": L(saved["hypers"]),
+            "state": [
+                {k: v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k, v in entries.items()}
+                for p, entries in zip(parameters, saved["state"], strict=True)
+            ],
+        }
+    opt.load_state_dict(saved)
+    for name, parameter in model.named_parameters():  # an interrupt leaves gradients behind
+        gradient = state["gradients"].get(name)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def restore_rest(learn: Learner, state: dict[str, Any]) -> None:
+    """Puts back what must stand still until the next epoch begins: random numbers, counters, what was recorded."""
+    _restore_callbacks(learn, state)
+    loaders = learn.dls.loaders
+    if len(loaders) != len(state["loaders"]):
+        warnings.warn(
+            f"the checkpoint is of {len(state['loaders'])} data loaders and there are {len(loaders)}, so batches may "
+            "come in another order; make the DataLoaders as they were",
+            GossamerWarning,
+            stacklevel=2,
+        )
+    for loader, saved in zip(loaders, state["loaders"], strict=False):
+        _restore_loader(loader, saved)
+    # fastai looks at one item of the data, once a process, before it splits the first batch: that draws random numbers.
+    getattr(learn.dls, "n_inp", None)
+    restore_random_state(state["random"])
+
+
+def _restore_callbacks(learn: Learner, state: dict[str, Any]) -> None:
+    cast(Any, learn).train_iter = state["train_iter"]
+    for cb in _others(learn):
+        for name, value in state["callbacks"].get(cb.name, {}).items():
+            vars(cb)[name] = value
+        if cb.name in state["states"]:
+            cb.load_state_dict(state["states"][cb.name])
+    if "scaler" in state and getattr(learn, "scaler", None) is not None:
+        cast(Any, learn).scaler.load_state_dict(state["scaler"])
+    recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
+    if recorder is not None and "recorder" in state:
+        saved = state["recorder"]
+        recorder.lrs, recorder.iters = saved["lrs"].tolist(), list(saved["iters"])
+        recorder.losses = list(saved["losses"].float().unbind())
+        recorder.values = [L(row) for row in saved["values"]]
+        recorder.smooth_loss.count, recorder.smooth_loss.val = saved["smooth"]["count"], saved["smooth"]["val"]
+
+
+def counters(learn: Learner) -> dict[str, dict[str, Any]]:
+    """The plain numbers that other callbacks hold: a best value, how long they have waited, a count."""
+    return {
+        cb.name: {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in vars(cb).items()
+            if name not in ("run", "learn") and isinstance(value, (bool, int, float, np.generic))
+        }
+        for cb in _others(learn)
+        if not _has_state(cb)
+    }
+
+
+class Resume(Traceless):
+    """Skips the epochs that a checkpoint has done, as if they were not there, and then puts the rest back.
+
+    Other callbacks see nothing of the skipped epochs: no row in the table, no file saved a second time.
+
+    Args:
+        owner: the callback whose fit it is.
+        begin: called when the first epoch begins, before any callback has seen it.
+        skip: epochs of this fit that are done.
+        restore: called when the first epoch that is not done begins, or when the fit ends, if that was all of it.
+    """
+
+    order = -100
+
+    def __init__(
+        self, owner: Callback, begin: Function[[], None], skip: int = 0, restore: Function[[], None] | None = None
+    ) -> None:
+        super().__init__()
+        self.owner = owner
+        self._begin, self._skip, self._restore = begin, skip, restore
+        self._stopped: list[Callback] = []
+        self._begun = False
+
+    def before_epoch(self) -> None:
+        """Skips, or starts."""
+        learn = cast(Learner, self.learn)
+        if not self._begun:
+            self._begun = True
+            self._begin()
+            if self._skip:
+                self._stopped = [cb for cb in learn.cbs if cb is not self and cb.run]
+        if learn.epoch < self._skip:
+            self._set_running(False)
+            raise cast(Any, core).CancelEpochException
+        self._go_on()
+
+    def after_fit(self) -> None:
+        """Lets the others see the end of a fit that was skipped whole."""
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._set_running(True)
+        self._stopped = []
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+
+    def _set_running(self, running: bool) -> None:
+        for cb in self._stopped:
+            cb.run = running
+
+
+class Checkpointer(Traceless):
+    """Writes the fit's state at the end of an epoch, once every other callback has seen it.
+
+    Args:
+        owner: the callback whose fit it is.
+        save: writes it.
+        every: after every how many epochs; after the last in any case.
+    """
+
+    order = 80
+    run_valid = False
+
+    def __init__(self, owner: Callback, save: Function[[], None], every: int) -> None:
+        super().__init__()
+        self.owner = owner
+        self._save, self._every = save, every
+
+    def after_epoch(self) -> None:
+        """Saves, when it is time."""
+        learn = cast(Any, self.learn)
+        if (learn.epoch + 1) % self._every == 0 or learn.epoch + 1 == learn.n_epoch:
+            self._save()
+
+
+def _others(learn: Learner) -> Iterable[Any]:
+    return [cb for cb in learn.cbs if not isinstance(cb, _OWN)]
+
+
+def _has_state(cb: Any) -> bool:
+    # On the class: fastai looks up what a callback lacks in the learner, and then in the model.
+    return hasattr(type(cb), "state_dict") and hasattr(type(cb), "load_state_dict")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+def _loader_state(loader: Any) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    if hasattr(loader, "rng"):  # fastai's own loader
+        state["rng"] = generator_state(loader.rng)
+    for where in ("generator", "sampler"):
+        generator = _generator(loader, where)
+        if generator is not None:
+            state[where] = generator.get_state()
+    return state
+
+
+def _restore_loader(loader: Any, state: dict[str, Any]) -> None:
+    if "rng" in state and hasattr(loader, "rng"):
+        restore_generator(loader.rng, state["rng"])
+    for where in ("generator", "sampler"):
+        generator = _generator(loader, where)
+        if generator is not None and where in state:
+            generator.set_state(state[where])
+
+
+def _generator(loader: Any, where: str) -> torch.Generator | None:
+    holder = loader if where == "generator" else getattr(loader, "sampler", None)
+    generator = getattr(holder, "generator", None)
+    return generator if isinstance(generator, torch.Generator) else None

@@ -1,0 +1,136 @@
+"""The file of one fit: read when it starts, written as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastai.learner import Learner
+from fastai.torch_core import rank_distrib
+
+from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.integrations.fastai.checkpoint import (
+    Checkpointer,
+    Resume,
+    counters,
+    learner_state,
+    restore_rest,
+    restore_training,
+)
+from gossamer.storage.states import load_state, save_state
+
+if TYPE_CHECKING:
+    from gossamer.integrations.fastai.callback import SparsifyCallback
+
+KIND = "checkpoint of a fastai fit"
+
+
+def as_epochs(every: int | str) -> int:
+    """After every how many epochs a file is written.
+
+    Raises:
+        ArgumentError: neither 'epoch' nor a positive whole number.
+
+    Example:
+        >>> as_epochs("epoch")
+        1
+    """
+    if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ArgumentError(f"every={every!r} is neither 'epoch' nor a number of epochs, such as every=5")
+    return 1 if every == "epoch" else int(every)
+
+
+class FitFile:
+    """Where a SparsifyCallback's fit is kept, and from where it goes on.
+
+    Args:
+        path: the file.
+        every: 'epoch', or after every how many epochs it is written.
+        resume: whether to go on from it, where it is there.
+
+    Raises:
+        ArgumentError: `every` is neither.
+    """
+
+    def __init__(self, path: Path, every: int | str, resume: bool) -> None:
+        self.path, self.every, self.resume = path, as_epochs(every), resume
+        self._is_ours = False  # written or read by this callback, so that it may be written over
+        self._state: dict[str, Any] | None = None
+        self._counters: dict[str, dict[str, Any]] = {}
+
+    def look(self, total: int) -> None:
+        """Reads the file, if there is one.
+
+        Args:
+            total: epochs of the fit, or of all the fits that share a schedule.
+
+        Raises:
+            StateError: there is one, and nobody said to go on with it.
+            FileError: it is of another kind, or of a fit of another length.
+        """
+        self._state = None
+        if self._is_ours or not self.path.exists():
+            return
+        name = repr(str(self.path))
+        if not self.resume:
+            raise StateError(
+                f"the checkpoint {name} is of an earlier fit, which this one would overwrite; say resume=True to go on "
+                "with it, or give another name, or delete it"
+            )
+        state = load_state(self.path, KIND)
+        lacking = next((key for key in ("total", "epoch", "sparse", "learner") if key not in state), None)
+        if lacking is not None:
+            raise FileError(f"the checkpoint {name} lacks {lacking!r}; take another copy")
+        if state["total"] != total:
+            raise FileError(
+                f"the checkpoint {name} is of {state['total']} epochs, and this fit is of {total}; fit the same number "
+                "of epochs, all of them: those that are done are skipped"
+            )
+        self._state = state
+
+    def attach(self, callback: SparsifyCallback, learn: Learner) -> str:
+        """Puts back what is done, now, so that nothing starts from a network that is about to be replaced.
+
+        Args:
+            callback: whose fit it is; its run is made.
+            learn: which gets the callbacks that skip what is done, and write.
+
+        Returns:
+            What to tell the user.
+
+        Raises:
+            FileError: the file is of another network, of other rules, or of another optimizer.
+        """
+        state, span, here = self._state, callback.span, int(learn.n_epoch)
+        done = 0 if state is None else int(state["epoch"]) - span.done
+        skip = max(0, min(here, done))
+        restore: Callable[[], None] | None = None
+        said = ""
+        if state is not None and 0 < done <= here:  # beyond this fit it is for the next one to go on
+            callback.check_state(state["sparse"])
+            restore_training(learn, state["learner"], self.path)
+            callback.load_state_dict(state["sparse"])
+            self._is_ours = True
+            restore = partial(restore_rest, learn, state["learner"])
+            left = "all is done" if span.done + here == span.total else "this fit is done, and the next goes on"
+            said = f"Going on from {self.path}: " + (f"epoch {skip} is next" if skip < here else left)
+
+        def begin() -> None:
+            self._counters = counters(learn)
+
+        learn.add_cb(Resume(callback, begin, skip, restore))
+        if not rank_distrib():
+            learn.add_cb(Checkpointer(callback, lambda: self._save(callback, learn), self.every))
+        return said
+
+    def _save(self, callback: SparsifyCallback, learn: Learner) -> None:
+        state = {
+            "total": callback.span.total,
+            "epoch": callback.span.done + int(learn.epoch) + 1,
+            "sparse": callback.state_dict(),
+            "learner": learner_state(learn, self._counters),
+        }
+        save_state(self.path, state, KIND)
+        self._is_ours = True

@@ -1,0 +1,150 @@
+"""What goes with a SparsifyCallback: the column, the voice after all others, and the keeper after the fit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable as Function
+from functools import partial
+from typing import Any, cast
+
+from fastai.callback.core import Callback
+from fastai.learner import Learner, Metric, ValueMetric
+from torch import nn
+
+from gossamer.targets import unwrapped
+from gossamer.training import SparseTraining
+
+
+class Traceless(Callback):
+    """A callback of which an exported learner holds nothing, so that it loads where Gossamer is not."""
+
+    makes_sparse = False
+    owner: Callback | None = None  # whose fit it belongs to, and ends with
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Callback, ()
+
+    # copy would go through __reduce__ too; a copied learner is to work on as the first does.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+
+class SparsityMetric(Metric):
+    """Percent of exact zeros among the weights that take part, as a column of fastai's table.
+
+    Args:
+        count: gives the percentage.
+    """
+
+    def __init__(self, count: Function[[], float]) -> None:
+        self._count = count
+
+    def reset(self) -> None:
+        """Nothing to forget: the weights are counted when the value is read."""
+
+    def accumulate(self, learn: Learner) -> None:
+        """Nothing to gather."""
+
+    @property
+    def value(self) -> float:
+        """Percent, as the epoch's printed line has it."""
+        return self._count()
+
+    @property
+    def name(self) -> str:
+        """The column's name."""
+        return "sparsity"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # In an exported learner: the number that it was exported with, from fastai's own classes.
+        return ValueMetric, (partial(float, self.value), self.name)
+
+
+class Announcer(Traceless):
+    """Acts once all others have acted: fastai's row is out, a best checkpoint is loaded.
+
+    Args:
+        owner: the callback that it speaks for.
+        after_epoch: called at the end of each epoch.
+        after_fit: called at the end of a fit that was not broken off.
+    """
+
+    order = 70
+    run_valid = False
+
+    def __init__(self, owner: Callback, after_epoch: Function[[], None], after_fit: Function[[], None]) -> None:
+        super().__init__()
+        self.owner = owner
+        self._after_epoch, self._after_fit = after_epoch, after_fit
+
+    def after_epoch(self) -> None:
+        """The epoch's own line."""
+        self._after_epoch()
+
+    def after_fit(self) -> None:
+        """The fit's last lines."""
+        self._after_fit()
+
+
+class KeepSparse(Traceless):
+    """Stays on the learner after a sparse fit, so that masked weights stay zero in whatever fit comes next.
+
+    It is put there by `SparsifyCallback`, as `learn.keep_sparse`, and goes with `release()`.
+
+    Args:
+        run: whose masks are kept.
+        verbose: whether to say so, once.
+    """
+
+    order = -4
+    run_valid = False
+
+    def __init__(self, run: SparseTraining, verbose: bool = True) -> None:
+        super().__init__()
+        self.sparse, self._silent = run, not verbose
+
+    def before_fit(self) -> None:
+        """Applies the masks to what may have been loaded in between, and says once that they hold."""
+        learn = cast(Learner, self.learn)
+        self._idle = learn.lock.locked() or self._is_replaced(learn)
+        if self._idle:
+            return
+        self._hold(learn)
+        if not self._silent and not hasattr(learn, "lr_finder"):
+            masks = self.sparse.sparsifier.masks
+            zeros, total = sum(masks.masked(n) for n in masks), sum(m.numel() for m in masks.values())
+            print(
+                f"{zeros:,} weights ({100 * zeros / total:.2f}%) are masked since an earlier fit and stay zero; "
+                "learn.keep_sparse.release() would let them grow"
+            )
+            self._silent = True
+
+    def after_step(self) -> None:
+        """Zeroes what is masked."""
+        if not self._idle:
+            self._hold(cast(Learner, self.learn))
+
+    def release(self) -> None:
+        """Lets go of the masks, and leaves the learner."""
+        self.sparse.release()
+        self.leave()
+
+    def leave(self) -> None:
+        """Leaves the learner."""
+        if self.learn is not None:
+            cast(Learner, self.learn).remove_cb(self)
+
+    def _hold(self, learn: Learner) -> None:
+        self.sparse.optimizer = learn.opt
+        self.sparse.hold()
+
+    def _is_replaced(self, learn: Learner) -> bool:
+        """Whether another callback sees to the masks, or the learner has another network now."""
+        if any(getattr(type(cb), "makes_sparse", False) for cb in learn.cbs):
+            return True
+        inside = unwrapped(cast(nn.Module, learn.model)).modules()
+        return not any(m is self.sparse.sparsifier.model for m in inside)

@@ -1,0 +1,304 @@
+"""A fit that is killed and goes on in another process is, bit for bit, the fit that was never stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import random
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from torch import nn
+
+from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
+from gossamer.integrations.fastai import SparsifyCallback
+from gossamer.storage.states import load_state, save_state
+from gossamer.storage.tensors import load_tensors
+
+_DEMONSTRATION = Path(__file__).parents[2] / "benchmarks" / "resume.py"
+
+
+def demonstration() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("resume", _DEMONSTRATION)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_a_child(kind: str, folder: Path, kill_at: int, epochs: int) -> tuple[int, dict[str, str]]:
+    """Trains in a forked process: what it was killed by, and what it ended with."""
+    out = folder / "out.txt"
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        try:
+            with out.open("w") as file, contextlib.redirect_stdout(file):
+                demonstration().train(kind, folder, kill_at, epochs)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status), {}
+    assert os.WEXITSTATUS(status) == 0
+    return 0, dict(line.split(" ", 1) for line in out.read_text().splitlines() if not line.startswith(" "))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks a process that runs torch")
+@pytest.mark.parametrize("kind", ["plain", "adamw", "one_cycle", "fine_tune", "lottery", "change", "busy"])
+def test_killed_in_any_epoch_it_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(1))
+    torch.optim.AdamW([weight]).step()  # imports much at its first step, which each child would do anew
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    _, want = in_a_child(kind, whole, 0, 4)
+    for kill_at in (3, 14, 12):  # in epoch 0, before there is a checkpoint; in epoch 1; in the epoch after that one
+        assert in_a_child(kind, broken, kill_at, 4)[0] == signal.SIGKILL
+    _, got = in_a_child(kind, broken, 0, 4)
+    assert got == want
+    lines = [(f / "lines.txt").read_text().replace(str(f), "").splitlines() for f in (whole, broken)]
+    rest = [line for line in lines[1] if not line.startswith("Pruning of")]
+    assert rest == lines[0][-len(rest) :]
+    assert sum(line.startswith("Sparsity at the end") for line in rest) == 2  # of the two epochs that were left
+
+
+# -- in one process ----------------------------------------------------------------------------------------------------
+
+
+class Stop(Callback):
+    """Breaks off as Ctrl-C does, in the middle of an epoch."""
+
+    order = 1000
+
+    def __init__(self, epoch: int) -> None:
+        self.at = epoch
+
+    def after_step(self) -> None:
+        if self.epoch == self.at:
+            raise KeyboardInterrupt
+
+
+def learner(width: int = 4) -> Learner:
+    module = demonstration()
+    torch.manual_seed(2)
+    random.seed(2)  # the loader shuffles with it
+    pairs = [(torch.randn(1, 8, 8), torch.tensor(i % 2)) for i in range(24)]
+    dls = module.DataLoaders.from_dsets(pairs, pairs, bs=8, num_workers=0, device="cpu")
+    net = nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, 8, 3), nn.Flatten(), nn.Linear(128, 2))
+    learn = Learner(dls, net, loss_func=nn.CrossEntropyLoss())
+    learn.logger = lambda *_: None
+    return learn
+
+
+def fit(epochs: int, callback: SparsifyCallback, *more: Callback, learn: Learner | None = None) -> Learner:
+    learn = learn or learner()
+    with learn.no_bar(), contextlib.suppress(KeyboardInterrupt):
+        learn.fit(epochs, 1e-2, cbs=[callback, *more])
+    return learn
+
+
+def rules(path: Path, **changes: Any) -> SparsifyCallback:
+    return SparsifyCallback(**{"sparsity": 50, "verbose": False, "checkpoint": path, **changes})
+
+
+def test_nothing_to_resume_is_a_fit_as_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run.safetensors"
+    callback = rules(path, resume=True)
+    fit(2, callback)
+    assert callback.sparsity_now() == 50
+    assert load_state(path, "checkpoint of a fastai fit")["epoch"] == 2
+
+
+def test_a_finished_fit_is_put_back_and_nothing_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    done = fit(2, rules(path))
+    steps: list[int] = []
+
+    class Count(Callback):
+        def after_step(self) -> None:
+            steps.append(1)
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        again = fit(2, rules(path, resume=True, verbose=True), Count())
+    assert not steps
+    assert "all is done" in out.getvalue()
+    assert "Final Sparsity: 50.00%" in out.getvalue()
+    for name, tensor in done.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_the_history_and_the_recorder_are_whole_after_going_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(4, rules(path), Stop(2))
+    callback = rules(path, resume=True)
+    learn = fit(4, callback)
+    assert [row["epoch"] for row in callback.history] == [0, 1, 2, 3]
+    assert len(learn.recorder.values) == 4
+    assert len(learn.recorder.losses) == len(learn.recorder.lrs) == 12
+    assert callback.plot() is not None
+
+
+def test_the_same_learner_goes_on_after_an_interrupt(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    whole = fit(3, rules(tmp_path / "whole.safetensors"))
+    callback = rules(path, resume=True)
+    learn = fit(3, callback, Stop(1))
+    callback = rules(path, resume=True)
+    fit(3, callback, learn=learn)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, learn.model.state_dict()[name])
+
+
+def test_every_so_many_epochs_and_after_the_last(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Look(Callback):
+        order = 90
+
+        def after_epoch(self) -> None:
+            path = tmp_path / "run.safetensors"
+            seen.append(load_state(path, "checkpoint of a fastai fit")["epoch"] if path.exists() else 0)
+
+    fit(5, rules(tmp_path / "run.safetensors", every=2), Look())
+    assert seen == [0, 2, 2, 4, 5]
+
+
+def test_an_earlier_run_is_not_overwritten_by_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(2, rules(path), Stop(1))
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="say resume=True"):
+        fit(2, rules(path))
+    assert path.read_bytes() == before
+
+
+def test_a_second_fit_with_the_same_callback_writes_on(tmp_path: Path) -> None:
+    callback = rules(tmp_path / "run.safetensors")
+    learn = fit(2, callback)
+    fit(3, callback, learn=learn)
+    assert load_state(tmp_path / "run.safetensors", "checkpoint of a fastai fit")["total"] == 3
+
+
+@pytest.mark.parametrize(
+    ("epochs", "changes", "width", "words"),
+    [
+        (5, {}, 4, "is of 3 epochs, and this fit is of 5"),
+        (3, {"sparsity": 60}, 4, "targets is"),
+        (3, {"schedule": "lin"}, 4, "schedule is 'one_cycle' there and 'lin' here"),
+        (3, {"criteria": "squared_final"}, 4, "criteria is"),
+        (3, {}, 6, "another network"),
+    ],
+)
+def test_a_checkpoint_of_another_fit_is_refused_and_nothing_changes(
+    tmp_path: Path, epochs: int, changes: dict[str, Any], width: int, words: str
+) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), Stop(1))
+    learn = learner(width)
+    before = {n: t.clone() for n, t in learn.model.state_dict().items()}
+    with pytest.raises(FileError) as error:
+        fit(epochs, rules(path, resume=True, **changes), learn=learn)
+    assert words in str(error.value)
+    assert all(torch.equal(t, before[n]) for n, t in learn.model.state_dict().items())
+
+
+def test_a_checkpoint_with_another_optimizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), Stop(1))
+    learn = learner()
+    learn.splitter = lambda net: [list(net[0].parameters()), list(net[2:].parameters())]
+    with pytest.raises(FileError, match="parameter groups"):
+        fit(3, rules(path, resume=True), learn=learn)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = save_state(tmp_path / "run.safetensors", {"a": 1})
+    with pytest.raises(FileError, match="holds a state"):
+        fit(2, rules(path, resume=True))
+
+
+def test_callbacks_of_the_users_own_go_on_too(tmp_path: Path) -> None:
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.steps, self.patience = 0, 5
+
+        def after_step(self) -> None:
+            self.steps += 1
+
+    class Averages(Callback):
+        """State that is no number goes through the usual two methods."""
+
+        def before_fit(self) -> None:
+            self.average = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+
+        def after_step(self) -> None:
+            for n, p in self.model.named_parameters():
+                self.average[n].lerp_(p.detach(), 0.1)
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.average
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.average = state
+
+    def train(path: Path, stop: bool) -> tuple[Counts, Averages]:
+        counts, averages = Counts(), Averages()
+        fit(4, rules(path, resume=True), counts, averages, *([Stop(2)] if stop else []))
+        return counts, averages
+
+    _, want = train(tmp_path / "whole", stop=False)
+    train(tmp_path / "broken", stop=True)
+    counts, averages = train(tmp_path / "broken", stop=False)
+    assert counts.steps == 12
+    assert all(torch.equal(t, want.average[n]) for n, t in averages.average.items())
+
+
+def test_a_callback_that_did_not_change_keeps_what_it_was_made_with(tmp_path: Path) -> None:
+    class Patient(Callback):
+        def __init__(self, patience: int) -> None:
+            self.patience = patience
+
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), Patient(1), Stop(1))
+    patient = Patient(7)
+    fit(3, rules(path, resume=True), patient)
+    assert patient.patience == 7
+
+
+def test_other_loaders_are_warned_about(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), Stop(1))
+    learn = learner()
+    learn.dls.loaders.append(learn.dls.loaders[1])
+    with pytest.warns(GossamerWarning, match="data loaders"):
+        fit(3, rules(path, resume=True), learn=learn)
+
+
+def test_nothing_in_a_checkpoint_needs_pickle_and_masks_are_packed(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    learn = fit(1, rules(path))
+    tensors, metadata = load_tensors(path)
+    assert metadata["kind"] == "checkpoint of a fastai fit"
+    weights = sum(p.numel() * p.element_size() for p in learn.model.parameters())
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) < 3.2 * weights + 30_000  # Adam, masks, random
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "batch"])
+def test_every_is_an_epoch_or_a_number_of_them(bad: Any) -> None:
+    with pytest.raises(ArgumentError, match="every="):
+        SparsifyCallback(50, checkpoint="x", every=bad)
