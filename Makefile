@@ -15,7 +15,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs serve bench-training bench-selection constraints clean distclean
+.PHONY: help setup demo test lint format docs serve bench-training bench-selection bench-resume bench-tickets constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,12 @@ bench-training: $(STAMP) ## what a training step costs with masks moving, over a
 
 bench-selection: $(STAMP) ## one-shot selection, local and global, over the peers
 	$(BIN)/python benchmarks/selection.py $(ARGS)
+
+bench-resume: $(STAMP) ## kill fits, resume them, and compare with fits that were never stopped, bit by bit
+	$(BIN)/python benchmarks/resume.py $(ARGS)
+
+bench-tickets: $(STAMP) ## lottery tickets: accuracy over remaining weights, against re-initialised networks
+	$(BIN)/python benchmarks/lottery_ticket.py $(ARGS)
 
 constraints: $(STAMP) ## resolve constraints.txt anew, for every Python and platform at once
 	{ echo '# Known-good versions of everything that development installs. Made by `make constraints`.'; \

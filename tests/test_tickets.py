@@ -141,3 +141,14 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     refused("epoch 'x' is no number", epoch="x")
     refused("'gone' has a mask but no weight", {**tensors, "mask/gone": tensors["mask/0"]})
     refused("holds 1 bytes", {**tensors, "mask/0": tensors["mask/0"][:1]})
+
+
+def test_another_ticket_of_the_same_name_is_not_overwritten(tmp_path: Path) -> None:
+    masks = {"": torch.tensor([[True, False]])}
+    first = Ticket({"weight": torch.tensor([[1.0, 0.0]])}, masks)
+    second = Ticket({"weight": torch.tensor([[2.0, 0.0]])}, masks)
+    names = [ticket.save(tmp_path).name for ticket in (first, second, first, second)]
+    assert names == [f"ticket_50.00{end}.safetensors" for end in ("", "_2", "", "_2")]
+    (tmp_path / names[0]).write_text("no ticket")
+    assert first.save(tmp_path).name == "ticket_50.00_3.safetensors"
+    assert (tmp_path / names[0]).read_text() == "no ticket"

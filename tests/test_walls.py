@@ -82,3 +82,17 @@ def test_the_star_import_brings_what_it_lists_and_hides_no_module_of_python():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_of_other_modules_are_found_when_asked_for():
+    from gossamer import SparsifyCallback, find_ticket, load_ticket
+    from gossamer.integrations.fastai import SparsifyCallback as same
+
+    assert SparsifyCallback is same
+    assert callable(find_ticket)
+    assert callable(load_ticket)
+    for name, module in gossamer._ELSEWHERE.items():
+        assert getattr(gossamer, name).__module__.startswith(module)
+    with pytest.raises(AttributeError, match="'sparsify'"):
+        _ = gossamer.sparsify
+    assert not hasattr(gossamer, "__path_to_nothing__")

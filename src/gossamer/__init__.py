@@ -1,5 +1,9 @@
 """Gossamer makes neural networks sparse while they train, and makes the sparsity pay."""
 
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
 from gossamer.errors import ArgumentError as ArgumentError
 from gossamer.errors import FileError as FileError
 from gossamer.errors import GossamerError as GossamerError
@@ -21,5 +25,27 @@ from gossamer.sparsifier import Sparsifier as Sparsifier
 from gossamer.storage.states import load_state as load_state
 from gossamer.storage.states import save_state as save_state
 from gossamer.training import SparseTraining as SparseTraining
+
+_ELSEWHERE = MappingProxyType(
+    {
+        "SaveSparseModelCallback": "gossamer.integrations.fastai",
+        "SparsifyCallback": "gossamer.integrations.fastai",
+        "SparsityMetric": "gossamer.integrations.fastai",
+        "Lottery": "gossamer.tickets",
+        "Ticket": "gossamer.tickets",
+        "TicketRun": "gossamer.trials",
+        "TicketSearch": "gossamer.lottery",
+        "find_ticket": "gossamer.lottery",
+        "load_ticket": "gossamer.tickets",
+    }
+)
+"""Names that are found when they are asked for, so that `import gossamer` loads no more than it needs, nor fastai."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+    return getattr(import_module(_ELSEWHERE[name]), name)
+
 
 __version__ = "0.1.0"

@@ -18,7 +18,9 @@ from gossamer.rules.granularity import expand
 def keep_zeros(
     layers: Layers, context: Context, granularity: str, fractions: Mapping[str, Fraction], round_to: int | None = None
 ) -> int:
-    """Masks the units that are zero already. A layer that is zero throughout is not taken for a sparse one.
+    """Masks the units that are zero already.
+
+    A layer that is zero throughout, as some are when they are made, is not taken for a sparse one, unless it is a unit.
 
     Args:
         layers: whose masks are all True yet.
@@ -37,7 +39,7 @@ def keep_zeros(
     for name, layer in layers.items():
         weight = layer.target.weight.detach()
         zeros = weight.numel() - int(torch.count_nonzero(weight))
-        if not 0 < zeros < weight.numel():
+        if not zeros or (zeros == weight.numel() and layer.n_units > 1):
             continue
         kept = (weight != 0).contiguous().view(layer.target.view)
         kept = kept.amax(layer.dims, keepdim=True) if layer.dims else kept

@@ -88,7 +88,7 @@ class Ticket:
 
         Args:
             path: a file, or a folder that is there or ends in a separator, in which the file is named after the
-                sparsity: `ticket_50.00.safetensors`.
+                sparsity: `ticket_50.00.safetensors`; where another ticket has that name, `ticket_50.00_2.safetensors`.
 
         Returns:
             The file's path.
@@ -104,7 +104,24 @@ class Ticket:
             "epoch": str(self.epoch),
             "layers": json.dumps(layers),
         }
-        return save_tensors(Path(path) / self.filename if folder else path, tensors, metadata)
+        return save_tensors(self._free_name(Path(path)) if folder else path, tensors, metadata)
+
+    def _free_name(self, folder: Path) -> Path:
+        path, number = folder / self.filename, 2
+        while path.exists() and not self._is_in(path):  # a fit that is resumed writes the same tickets again
+            path = folder / f"{Path(self.filename).stem}_{number}.safetensors"
+            number += 1
+        return path
+
+    def _is_in(self, path: Path) -> bool:
+        try:
+            other = load_ticket(path)
+        except FileError:
+            return False
+        return self.epoch == other.epoch and all(
+            mine.keys() == there.keys() and all(torch.equal(t.cpu(), there[n]) for n, t in mine.items())
+            for mine, there in ((self.weights, other.weights), (self.masks, other.masks))
+        )
 
 
 def load_ticket(path: str | os.PathLike[str]) -> Ticket:

@@ -156,7 +156,7 @@ class SparsifyCallback(Traceless):
         self._said: set[str] = set()
         self._reset_epoch()
         self._line = ""
-        self._hold_only = False
+        self._hold_only = self._is_fitting = False
         self.span = Span(1)
         self._left: Span | None = None
         self._keeper: KeepSparse | None = None
@@ -173,6 +173,9 @@ class SparsifyCallback(Traceless):
     def learn(self, learn: Learner | None) -> None:
         before, self.__dict__["_learn"] = self.__dict__.get("_learn"), learn
         if learn is None and before is not None:
+            if self._is_fitting:  # something was raised, perhaps between the optimizer's step and ours
+                self._hold(before)
+                self._is_fitting = False
             self._clean_up(before)
             if self.sparse is not None and any(self.sparse.sparsifier.masks.masked(n) for n in self.sparse.targets):
                 self._drop_keepers(before)
@@ -218,6 +221,7 @@ class SparsifyCallback(Traceless):
             self.sparse.restart()
         self._line = ""
         self._attach(learn)
+        self._is_fitting = True
         if not goes_on:
             self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
         if self.sparse.zeros_kept:
@@ -256,6 +260,20 @@ class SparsifyCallback(Traceless):
     def after_cancel_train(self) -> None:
         """Leaves the masks where the last step put them."""
         self._cancelled = True
+        self._hold(self._learner())
+
+    def after_cancel_batch(self) -> None:
+        """Zeroes what is masked, in case the optimizer had stepped already."""
+        self._hold(self._learner())
+
+    def after_cancel_epoch(self) -> None:
+        """Zeroes what is masked, in case the optimizer had stepped already."""
+        self._hold(self._learner())
+
+    def after_cancel_fit(self) -> None:
+        """Zeroes what is masked, in case the optimizer had stepped already."""
+        if not self._only_validates:
+            self._hold(self._learner())
 
     def after_train(self) -> None:
         """Makes sure that the masks stand at the epoch's end, also where its last batch made no step."""
@@ -271,10 +289,16 @@ class SparsifyCallback(Traceless):
         average = "avg=" if isinstance(self.sparsity, dict) else ""
         self._line = f"Sparsity at the end of epoch {learn.epoch}: {average}{sparsity:.2f}%"
 
+    def _hold(self, learn: Learner) -> None:
+        if self.sparse is not None:
+            self.sparse.optimizer = learn.opt
+            self.sparse.hold()
+
     def after_fit(self) -> None:
         """Puts the saved weights back where the supermask network was asked for."""
         if self.sparse is None or self._hold_only or self._only_validates:
             return
+        self._is_fitting = False
         self._left = self.span.after(int(self._learner().n_epoch))
         if self._left is None and self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
             self._lottery.rewind()

@@ -13,6 +13,7 @@ import torch
 from fastai.callback import core
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner, Recorder
 from fastcore.foundation import L
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from gossamer.randomness import generator_state, random_state, restore_generator
 from gossamer.targets import unwrapped
 from gossamer.weights import check_weights, load_weights
 
-_OWN = (Traceless, TrainEvalCallback, ProgressCallback, Recorder)
+_OWN = (TrainEvalCallback, ProgressCallback, Recorder)
 
 
 def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -237,7 +238,9 @@ class Checkpointer(Traceless):
 
 
 def _others(learn: Learner) -> Iterable[Any]:
-    return [cb for cb in learn.cbs if not isinstance(cb, _OWN)]
+    # Of ours only the one that saves models has counters.
+    ours = [cb for cb in learn.cbs if isinstance(cb, Traceless) and not isinstance(cb, SaveModelCallback)]
+    return [cb for cb in learn.cbs if not isinstance(cb, _OWN) and cb not in ours]
 
 
 def _has_state(cb: Any) -> bool:

@@ -33,6 +33,12 @@ class Traceless(Callback):
         return twin
 
 
+def is_sparsifier(cb: Callback) -> bool:
+    """Whether a callback is a SparsifyCallback."""
+    # On the class: fastai looks up what a callback lacks in the learner, and then in the model.
+    return bool(getattr(type(cb), "makes_sparse", False))
+
+
 class SparsityMetric(Metric):
     """Percent of exact zeros among the weights that take part, as a column of fastai's table.
 
@@ -58,6 +64,9 @@ class SparsityMetric(Metric):
     def name(self) -> str:
         """The column's name."""
         return "sparsity"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsityMetric:
+        return SparsityMetric(copy.deepcopy(self._count, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # In an exported learner: the number that it was exported with, from fastai's own classes.
@@ -144,7 +153,7 @@ class KeepSparse(Traceless):
 
     def _is_replaced(self, learn: Learner) -> bool:
         """Whether another callback sees to the masks, or the learner has another network now."""
-        if any(getattr(type(cb), "makes_sparse", False) for cb in learn.cbs):
+        if any(is_sparsifier(cb) for cb in learn.cbs):
             return True
         inside = unwrapped(cast(nn.Module, learn.model)).modules()
         return not any(m is self.sparse.sparsifier.model for m in inside)

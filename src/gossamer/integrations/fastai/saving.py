@@ -9,9 +9,10 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 
 from gossamer.errors import GossamerWarning, StateError
+from gossamer.integrations.fastai.followers import KeepSparse, Traceless, is_sparsifier
 
 
-class SaveSparseModelCallback(SaveModelCallback):
+class SaveSparseModelCallback(Traceless, SaveModelCallback):
     """fastai's SaveModelCallback, for a sparse fit: an epoch counts only when the masks stand at the target.
 
     Without it the best epoch is often an early one, in which the network is still nearly dense. Takes the same
@@ -31,13 +32,13 @@ class SaveSparseModelCallback(SaveModelCallback):
         if not self.run:
             return
         learn = cast(Learner, self.learn)
-        self._sources = [cb for cb in learn.cbs if hasattr(type(cb), "makes_sparse") and hasattr(cb, "sparse")]
+        self._sources: list[Any] = [cb for cb in learn.cbs if isinstance(cb, KeepSparse) or is_sparsifier(cb)]
         if not self._sources:
             raise StateError(
                 "SaveSparseModelCallback found nothing that makes the network sparse; add a SparsifyCallback to the fit"
             )
         self._saved = False
-        span: Any = next((cb.span for cb in self._sources if cb.makes_sparse), None)
+        span: Any = next((cb.span for cb in self._sources if is_sparsifier(cb)), None)
         if span is not None and not self.at_end and learn.n_epoch > 1:
             schedule = self._sources[0].schedule
             reached = [e for e in range(learn.n_epoch) if schedule(span.position(e + 1)) == schedule(1.0)]
