@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,18 +146,20 @@ class Layers(Mapping[str, Layer]):
         weight = layer.target.weight
         zero_masked([weight, *state_of(weight)], self.masks.on(layer.target.name, weight.device))
 
-    def masked_companions(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def masked_companions(self, without: Collection[str] = ()) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Biases and normalisations whose channels die with the layers' filters, with their masks."""
         for name, parameters in self._companions.items():
+            if name in without:
+                continue
             layer = self[name]
             channels = output_channels(self.units(layer), layer.target.axes, layer.dims)
             if channels is not None and layer.masked != 0:
                 for parameter in parameters:
                     yield parameter, channels.contiguous()
 
-    def apply_companions(self, state_of: StateOf) -> None:
+    def apply_companions(self, state_of: StateOf, without: Collection[str] = ()) -> None:
         """Zeroes those."""
-        for parameter, channels in self.masked_companions():
+        for parameter, channels in self.masked_companions(without):
             zero_masked([parameter, *state_of(parameter)], channels)
 
     def _find_companions(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -62,6 +62,7 @@ class Sparsifier:
         skip_frozen: bool = False,
     ) -> None:
         self.model = unwrapped(model) if isinstance(model, nn.Module) else model
+        self.skip_frozen = skip_frozen
         self.granularity = as_granularity(granularity)
         self.context = as_context(context)
         self.criterion = as_criterion(criteria)
@@ -250,11 +251,17 @@ class Sparsifier:
         """
         self._mover.move(fractions, round_to, state_of)
 
-    def apply(self, state_of: StateOf = lambda _: ()) -> None:
-        """Zeroes what the masks mask, in the weights and in further tensors; the masks stay as they are."""
-        for layer in self._layers.values():
-            self._layers.apply(layer, state_of)
-        self._layers.apply_companions(state_of)
+    def apply(self, state_of: StateOf = lambda _: (), without: Collection[str] = ()) -> None:
+        """Zeroes what the masks mask, in the weights and in further tensors; the masks stay as they are.
+
+        Args:
+            state_of: further tensors to zero where the weights are.
+            without: layers that are left alone.
+        """
+        for name, layer in self._layers.items():
+            if name not in without:
+                self._layers.apply(layer, state_of)
+        self._layers.apply_companions(state_of, without)
 
     def masked_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every parameter that has a mask, with it: the weights, and what dies with their filters."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fractions import Fraction
 from numbers import Integral
 from types import MappingProxyType
@@ -162,9 +162,13 @@ class SparseTraining:
         return changed
 
     @torch.no_grad()
-    def hold(self) -> None:
-        """Applies the masks where they stand, to the weights and to the optimizer's state."""
-        self.sparsifier.apply(optimizer_tensors(self.optimizer))
+    def hold(self, without: Collection[str] = ()) -> None:
+        """Applies the masks where they stand, to the weights and to the optimizer's state.
+
+        Args:
+            without: layers that are left alone.
+        """
+        self.sparsifier.apply(optimizer_tensors(self.optimizer), without)
 
     def fractions(self) -> dict[str, Fraction]:
         """The fraction of units that each layer masks at the present progress."""
@@ -258,6 +262,8 @@ class SparseTraining:
             "criteria": sparsifier.criterion.name,
             "schedule": self.schedule.name,
             "round_to": self.round_to,
+            "skip_frozen": sparsifier.skip_frozen,
+            "seed": sparsifier.evidence.seed if "noise" in sparsifier.criterion.needs else None,
             "targets": {name: str(fraction) for name, fraction in self.targets.items()},
         }
 

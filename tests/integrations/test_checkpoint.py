@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.optimizer import SGD, Adam, OptimWrapper
 from torch import nn
 
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
@@ -302,3 +304,37 @@ def test_nothing_in_a_checkpoint_needs_pickle_and_masks_are_packed(tmp_path: Pat
 def test_every_is_an_epoch_or_a_number_of_them(bad: Any) -> None:
     with pytest.raises(ArgumentError, match="every="):
         SparsifyCallback(50, checkpoint="x", every=bad)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (Adam, SGD),
+        (SGD, Adam),
+        (Adam, partial(OptimWrapper, opt=torch.optim.AdamW)),
+        (partial(OptimWrapper, opt=torch.optim.AdamW), partial(OptimWrapper, opt=torch.optim.SGD)),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_changes(
+    tmp_path: Path, first: Any, then: Any
+) -> None:
+    path = tmp_path / "run.safetensors"
+    learn = learner()
+    learn.opt_func = first
+    fit(3, rules(path), Stop(1), learn=learn)
+    learn = learner()
+    learn.opt_func = then
+    before = {n: t.clone() for n, t in learn.model.state_dict().items()}
+    with pytest.raises(FileError, match="with the optimizer"):
+        fit(3, rules(path, resume=True), learn=learn)
+    assert all(torch.equal(t, before[n]) for n, t in learn.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"criteria": "random", "seed": 1}, {"skip_frozen": True}, {"save_tickets": True}, {"lth": True}]
+)
+def test_other_arguments_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path, criteria=changes.get("criteria", "large_final")), Stop(1))
+    with pytest.raises(FileError, match=r"seed is|skip_frozen is|save_tickets=False|lth=False"):
+        fit(3, rules(path, resume=True, **changes))

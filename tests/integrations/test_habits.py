@@ -915,3 +915,56 @@ def test_a_learner_copied_in_a_fit_trains_on_with_one_column() -> None:
     assert list(twin.recorder.metric_names).count("sparsity") == 1
     assert zeros(twin.model) == HALF
     assert zeros(learn.model) == HALF
+
+
+# -- what else a fit meets ---------------------------------------------------------------------------------------------
+
+
+def test_a_callback_that_predicts_in_the_middle_of_a_fit_disturbs_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def look(learn: Learner) -> None:
+        for _ in range(2):
+            learn.get_preds(inner=True)
+
+    learn, callback = small(), half(verbose=True)
+    quiet(learn, 2, callback, Watch(look, "after_epoch"))
+    out = capsys.readouterr().out
+    assert out.count("Sparsity at the end of epoch") == 2
+    assert out.count("Final Sparsity: 50.00%") == 1
+    assert callback.sparsity_now() == 50
+
+
+def test_masks_of_layers_that_a_new_callback_does_not_see_to_stay_with_the_keeper() -> None:
+    learn = small()
+    quiet(learn, 1, half(layer_type=(nn.Conv2d, nn.Linear)))
+    zeros = int((learn.model.head.weight == 0).sum())
+    quiet(learn, 2, SparsifyCallback(70, verbose=False))
+    assert int((learn.model.head.weight == 0).sum()) == zeros > 0
+    quiet(learn, 1)
+    assert int((learn.model.head.weight == 0).sum()) == zeros
+
+
+def test_zeros_that_a_new_callback_lets_grow_are_not_masked_again_by_the_keeper_of_a_part() -> None:
+    learn = small()
+    quiet(learn, 1, half(model=learn.model.conv3))
+    quiet(learn, 1, SparsifyCallback(0, keep_zeros=False, verbose=False))
+    grown = int((learn.model.conv3.weight != 0).sum())
+    quiet(learn, 1)
+    assert int((learn.model.conv3.weight != 0).sum()) >= grown > learn.model.conv3.weight.numel() // 2
+
+
+def test_after_an_interrupt_with_the_callback_on_the_learner_validation_sees_zeros() -> None:
+    def stop(_: Learner) -> None:
+        raise KeyboardInterrupt
+
+    watch = Watch(stop)
+    watch.order = -50  # between the optimizer's step and ours
+    learn, callback = small(), half(schedule=lin)
+    learn.add_cb(callback)
+    quiet(learn, 1)
+    with contextlib.suppress(KeyboardInterrupt):
+        quiet(learn, 1, watch)
+    learn.validate()
+    for target in callback.sparse.sparsifier.targets:
+        assert not target.weight.detach()[~callback.sparse.sparsifier.masks[target.name]].any()

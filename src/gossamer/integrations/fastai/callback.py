@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
 from gossamer.integrations.fastai.fit_file import FitFile, as_epochs
 from gossamer.integrations.fastai.followers import Announcer, KeepSparse, SparsityMetric, Traceless
-from gossamer.integrations.fastai.span import Span, fine_tune_epochs, next_span
+from gossamer.integrations.fastai.span import Span, fine_tune_epochs, is_within_fit, next_span
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
 from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target
@@ -187,6 +187,11 @@ class SparsifyCallback(Traceless):
     def before_fit(self) -> None:
         """Makes the run, or goes on with the one that there is."""
         learn = self._learner()
+        if self._only_validates and is_within_fit(learn):
+            return  # a callback of this very fit looks at something
+        if self._is_fitting:  # still: the last fit was broken off, perhaps between the optimizer's step and ours
+            self._hold(learn)
+            self._is_fitting = False
         if self._only_validates:
             self._clean_up(learn)  # what a fit that was interrupted left behind
             return
@@ -388,6 +393,7 @@ class SparsifyCallback(Traceless):
             "history": [dict(row) for row in self.history],
             "tickets": [str(path) for path in self.tickets],
             "said": sorted(self._said),
+            "rewinding": self._rewinding(),
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -398,11 +404,13 @@ class SparsifyCallback(Traceless):
             StateError: before the first fit.
         """
         self._run().check_state(state["run"])
-        if (state["lottery"] is None) != (self._lottery is None):
-            raise FileError(
-                "the state is of a run with other arguments: lth, reset_end or save_tickets; make the callback as that "
-                "one was"
-            )
+        for name, here in self._rewinding().items():
+            there = state["rewinding"].get(name)
+            if there != here:
+                raise FileError(
+                    f"the state is of a run with {name}={there!r}, and here it is {here!r}; make the callback as that "
+                    "one was"
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave.
@@ -417,6 +425,10 @@ class SparsifyCallback(Traceless):
             self._lottery.load_state_dict(state["lottery"])
         self.history, self.tickets = list(state["history"]), [Path(path) for path in state["tickets"]]
         self._said = set(state["said"])
+
+    def _rewinding(self) -> dict[str, Any]:
+        names = ("lth", "reset_end", "save_tickets", "rewind_epoch")
+        return {name: getattr(self, name) for name in names}
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -492,9 +504,9 @@ class SparsifyCallback(Traceless):
         learn.remove_cbs([c for c in learn.cbs if getattr(c, "owner", None) is self])
 
     def _drop_keepers(self, learn: Learner) -> None:
-        model = self._run().sparsifier.model
-        for cb in [c for c in learn.cbs if isinstance(c, KeepSparse) and c.sparse.sparsifier.model is model]:
-            cb.leave()
+        weights = {id(t.weight) for t in self._run().sparsifier.targets}
+        for cb in [c for c in learn.cbs if isinstance(c, KeepSparse)]:
+            cb.give_up(weights)
 
     def _reset_epoch(self) -> None:
         self._position = -1.0

@@ -48,6 +48,7 @@ def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str
         # What accumulation carries over from one epoch to the next; else gradients are gone by now, or zero.
         "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())},
         "optimizer": cast(Any, learn).opt.state_dict(),
+        "optimizer_kind": _kind(learn.opt),
         "callbacks": {n: v for n, v in changed.items() if v},
         "states": {cb.name: cb.state_dict() for cb in _others(learn) if _has_state(cb)},
         "loaders": [_loader_state(dl) for dl in learn.dls.loaders],
@@ -91,6 +92,11 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
         same = len(saved["hypers"]) == len(groups) and len(saved["state"]) == sum(groups)
     else:
         same = [len(g["params"]) for g in saved.get("param_groups", [])] == groups
+    if state["optimizer_kind"] != _kind(opt):
+        raise FileError(
+            f"{what} is of a fit with the optimizer {state['optimizer_kind']}, and this one has {_kind(opt)}; use the "
+            "opt_func that it was made with"
+        )
     if not same:
         raise FileError(
             f"{what} is of a fit with another optimizer, or other parameter groups; use the opt_func and the splitter "
@@ -187,6 +193,8 @@ class Resume(Traceless):
     def before_epoch(self) -> None:
         """Skips, or starts."""
         learn = cast(Learner, self.learn)
+        if learn.lock.locked():  # somebody validates in the middle of the fit
+            return
         if not self._begun:
             self._begun = True
             self._begin()
@@ -199,7 +207,8 @@ class Resume(Traceless):
 
     def after_fit(self) -> None:
         """Lets the others see the end of a fit that was skipped whole."""
-        self._go_on()
+        if not cast(Learner, self.learn).lock.locked():
+            self._go_on()
 
     def _go_on(self) -> None:
         self._set_running(True)
@@ -233,8 +242,18 @@ class Checkpointer(Traceless):
     def after_epoch(self) -> None:
         """Saves, when it is time."""
         learn = cast(Any, self.learn)
+        if learn.lock.locked():
+            return
         if (learn.epoch + 1) % self._every == 0 or learn.epoch + 1 == learn.n_epoch:
             self._save()
+
+
+def _kind(opt: Any) -> str:
+    inner = getattr(opt, "opt", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        return f"torch.optim.{type(inner).__name__}"
+    steps = [getattr(step, "__name__", type(step).__name__) for step in getattr(opt, "cbs", [])]
+    return f"{type(opt).__name__}({', '.join(steps)})"
 
 
 def _others(learn: Learner) -> Iterable[Any]:

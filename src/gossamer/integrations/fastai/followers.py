@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable as Function
+from collections.abc import Collection
 from functools import partial
 from typing import Any, cast
 
@@ -115,6 +116,7 @@ class KeepSparse(Traceless):
     def __init__(self, run: SparseTraining, verbose: bool = True) -> None:
         super().__init__()
         self.sparse, self._silent = run, not verbose
+        self._without: set[str] = set()
 
     def before_fit(self) -> None:
         """Applies the masks to what may have been loaded in between, and says once that they hold."""
@@ -125,7 +127,8 @@ class KeepSparse(Traceless):
         self._hold(learn)
         if not self._silent and not hasattr(learn, "lr_finder"):
             masks = self.sparse.sparsifier.masks
-            zeros, total = sum(masks.masked(n) for n in masks), sum(m.numel() for m in masks.values())
+            names = [name for name in masks if name not in self._without]
+            zeros, total = sum(masks.masked(n) for n in names), sum(masks[n].numel() for n in names)
             print(
                 f"{zeros:,} weights ({100 * zeros / total:.2f}%) are masked since an earlier fit and stay zero; "
                 "learn.keep_sparse.release() would let them grow"
@@ -142,6 +145,17 @@ class KeepSparse(Traceless):
         self.sparse.release()
         self.leave()
 
+    def give_up(self, weights: Collection[int]) -> None:
+        """Leaves layers to another callback, and the learner if none is left.
+
+        Args:
+            weights: ids of the weights that it sees to.
+        """
+        self._without |= {t.name for t in self.sparse.sparsifier.targets if id(t.weight) in weights}
+        masks = self.sparse.sparsifier.masks
+        if not any(masks.masked(name) for name in masks if name not in self._without):
+            self.leave()
+
     def leave(self) -> None:
         """Leaves the learner."""
         if self.learn is not None:
@@ -149,11 +163,11 @@ class KeepSparse(Traceless):
 
     def _hold(self, learn: Learner) -> None:
         self.sparse.optimizer = learn.opt
-        self.sparse.hold()
+        self.sparse.hold(self._without)
 
     def _is_replaced(self, learn: Learner) -> bool:
-        """Whether another callback sees to the masks, or the learner has another network now."""
-        if any(is_sparsifier(cb) for cb in learn.cbs):
+        """Whether the callback itself sees to the masks, or the learner has another network now."""
+        if any(is_sparsifier(cb) and cb.sparse is self.sparse for cb in learn.cbs):
             return True
         inside = unwrapped(cast(nn.Module, learn.model)).modules()
         return not any(m is self.sparse.sparsifier.model for m in inside)

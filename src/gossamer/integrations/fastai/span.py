@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
 
-from fastai.callback import schedule  # it gives Learner its fine_tune
-from fastai.learner import Learner
+from fastai.callback.schedule import Learner  # by this its fine_tune is there
 
 from gossamer.errors import ArgumentError
 
@@ -70,11 +69,18 @@ def fine_tune_epochs(learn: Learner) -> int | None:
 
     fastai passes on to the fits nothing that would say so, hence the look at the calling frames.
     """
-    assert schedule
-    code = inspect.unwrap(cast(Any, Learner).fine_tune).__code__
+    frame = _calling(learn, cast(Any, Learner).fine_tune)
+    return None if frame is None else int(frame.f_locals["freeze_epochs"]) + int(frame.f_locals["epochs"])
+
+
+def is_within_fit(learn: Learner) -> bool:
+    """Whether `learn.fit` is running, as where a callback of a fit validates or predicts on its own account."""
+    return _calling(learn, Learner.fit) is not None
+
+
+def _calling(learn: Learner, function: Any) -> FrameType | None:
+    code = inspect.unwrap(function).__code__
     frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is code and frame.f_locals.get("self") is learn:
-            return int(frame.f_locals["freeze_epochs"]) + int(frame.f_locals["epochs"])
+    while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is learn):
         frame = frame.f_back
-    return None
+    return frame
