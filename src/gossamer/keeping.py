@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -53,17 +54,22 @@ def keep_zeros(
             )
         if masked:
             found[name] = kept, masked
-    asked = {name: rounded(count(f, layers[name].n_units), layers[name], round_to)
-             for name, f in fractions.items()}  # fmt: skip
+    sizes = {name: (masked, layers[name].n_units) for name, (_, masked) in found.items()}
     if context.kind == "global":
         units = sum(layer.n_units for layer in layers.values())
-        goal = count(max(fractions.values()), units)
-        if _exceeds(sum(n for _, n in found.values()), goal, units, "the network"):
+        fraction = max(fractions.values())
+        if _over(
+            {"": (sum(masked for masked, _ in sizes.values()), units)}, {"": count(fraction, units)}, {"": fraction}
+        ):
             found = {}
     else:
-        for name, goal in asked.items():
-            if name in found and _exceeds(found[name][1], goal, layers[name].n_units, f"layer {name!r}"):
-                del found[name]
+        goals = {
+            name: rounded(count(f, layers[name].n_units), layers[name], round_to)
+            for name, f in fractions.items()
+            if name in sizes
+        }
+        for name in _over(sizes, goals, fractions):
+            del found[name]
     if context.m:
         for name, (kept, _) in found.items():
             _check_blocks(layers[name], kept, context)
@@ -74,15 +80,20 @@ def keep_zeros(
     return sum(layers.masks.masked(name) for name in found)
 
 
-def _exceeds(zeros: int, goal: int, units: int, what: str) -> bool:
-    if zeros <= goal:
-        return False
-    if zeros * 1000 <= units:  # stray ones again
-        return True
-    raise ArgumentError(
-        f"{what} has {100 * zeros / units:.2f} % zeros already, and a target of {100 * goal / units:.2f} % would "
-        f"let some grow back; ask for at least {100 * zeros / units:.2f}, or say keep_zeros=False"
-    )
+def _over(
+    zeros: Mapping[str, tuple[int, int]], goals: Mapping[str, int], fractions: Mapping[str, Fraction]
+) -> list[str]:
+    """Layers with a stray zero or two above their goal, which may grow; an error where there are more than that."""
+    over = {name: 100 * zeros[name][0] / zeros[name][1] for name, goal in goals.items() if zeros[name][0] > goal}
+    many = {name: percent for name, percent in over.items() if zeros[name][0] * 1000 > zeros[name][1]}
+    if many:
+        worst = max(many, key=lambda name: many[name])
+        where = f"layer {worst!r}" if worst else "the network"
+        raise ArgumentError(
+            f"{where} has {many[worst]:.2f} % zeros already, and a target of {float(100 * fractions[worst]):g} % would "
+            f"let some grow back; ask for at least {math.ceil(100 * many[worst]) / 100:.2f}, or say keep_zeros=False"
+        )
+    return list(over)
 
 
 def _check_blocks(layer: Layer, kept: Tensor, context: Context) -> None:

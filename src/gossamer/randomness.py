@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gossamer.errors import ArgumentError
+
 
 def random_state() -> dict[str, Any]:
     """The state of all global generators, as something that `save_state` can write.
@@ -26,7 +28,16 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts back what `random_state` took; a device that is not there is left out."""
+    """Puts back what `random_state` took; a device that is not there is left out.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    lacking = next((kind for kind in ("python", "numpy", "torch") if kind not in state), None)
+    if lacking is not None:
+        raise ArgumentError(
+            f"no random_state(): it lacks {lacking!r}; give the part of the saved state that it was put in"
+        )
     restore_generator(random, state["python"])
     torch.set_rng_state(state["torch"])
     np.random.set_state((state["numpy"]["name"], state["numpy"]["keys"], *state["numpy"]["rest"]))

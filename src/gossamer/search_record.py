@@ -106,8 +106,11 @@ class Record:
         except (KeyError, ValueError):
             raise FileError(f"{str(self.path)!r} does not say what search it is; take another copy") from None
         difference = _difference(settings, self.settings)
-        if len(rows) > rounds + 1:
-            difference = f"it has {len(rows) - 1} rounds already, and rounds={rounds} here"
+        if not difference and len(rows) > rounds + 1:
+            raise FileError(
+                f"the folder {str(self.folder)!r} has {len(rows) - 1} rounds of this search already, more than "
+                f"rounds={rounds}; ask for {len(rows) - 1} or more, or give another folder"
+            )
         if difference:
             raise FileError(
                 f"the folder {str(self.folder)!r} holds another search: {difference}. Give what that one was started "

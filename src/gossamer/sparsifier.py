@@ -20,7 +20,7 @@ from gossamer.report import SparsityReport, report_of
 from gossamer.rules.allocation import Context, as_context, check_round_to, check_target, count
 from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.granularity import Granularity, as_granularity, expand, units_of
-from gossamer.targets import LayerTypes, find_targets, resolve_sparsity, unwrapped
+from gossamer.targets import AXES, LayerTypes, find_targets, resolve_sparsity, unwrapped
 
 
 class Sparsifier:
@@ -170,10 +170,10 @@ class Sparsifier:
             other = dict(self.model.named_modules()).get(name)
             if other is not None and name not in self._layers:
                 kind = type(other).__name__
-                raise TargetError(
-                    f"sparsity: layer {name!r} takes no part; it is a {kind}. Add its type with layer_type=(…, {kind}) "
-                    "and see that it is not excluded"
-                )
+                remedy = f"add its type with layer_type=(…, {kind}) and see that it is not excluded"
+                if not isinstance(other, tuple(AXES)):
+                    remedy = "that has no weight to mask; name a layer that has one"
+                raise TargetError(f"sparsity: layer {name!r} takes no part; it is a {kind}: {remedy}")
         fractions = resolve_sparsity(sparsity, self._layers)
         for fraction in fractions.values():
             check_target(fraction, self.context)

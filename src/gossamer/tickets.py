@@ -27,7 +27,7 @@ from gossamer.weights import check_weights, load_weights
 _FORMAT, _VERSION = "gossamer-ticket", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ticket:
     """A sparse network at the weights it was rewound to.
 
@@ -53,6 +53,11 @@ class Ticket:
         total = sum(m.numel() for m in self.masks.values())
         zeros = sum(m.numel() - int(torch.count_nonzero(self.weights[_key(n)])) for n, m in self.masks.items())
         return 100 * zeros / total
+
+    def __repr__(self) -> str:
+        masks = self.masks.values()
+        kept, total = sum(int(torch.count_nonzero(m)) for m in masks), sum(m.numel() for m in masks)
+        return f"Ticket({kept:,} of {total:,} weights in {len(masks)} layers, of epoch {self.epoch})"
 
     def _check(self) -> None:
         if not self.masks:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gossamer.errors import ArgumentError, FileError, StateError
 from gossamer.report import SparsityReport
+from gossamer.rules.criteria import Criterion
 from gossamer.rules.schedules import Schedule, as_schedule
 from gossamer.sparsifier import Sparsifier
 
@@ -246,6 +247,11 @@ class SparseTraining:
         for key, fits in _FITS.items():
             if not fits(state[key]):
                 raise FileError(f"run state with {key}={state[key]!r}, which no run has; take another copy")
+        if self.total_steps is not None and state["total_steps"] != self.total_steps:
+            raise FileError(
+                f"run state of {state['total_steps']} total steps, and this run is of {self.total_steps}; give the "
+                "same number of epochs, all of them"
+            )
         for rule, here in self._rules().items():
             there = state["rules"].get(rule)
             if there != here:
@@ -260,12 +266,24 @@ class SparseTraining:
             "granularity": sparsifier.granularity.name,
             "context": str(sparsifier.context),
             "criteria": sparsifier.criterion.name,
+            "criteria on an example": _example_scores(sparsifier.criterion),
             "schedule": self.schedule.name,
+            "schedule at each tenth": [round(self.schedule(i / 10), 6) for i in range(11)],
             "round_to": self.round_to,
             "skip_frozen": sparsifier.skip_frozen,
             "seed": sparsifier.evidence.seed if "noise" in sparsifier.criterion.needs else None,
-            "targets": {name: str(fraction) for name, fraction in self.targets.items()},
+            "sparsity": {name: f"{float(100 * fraction):.6g} %" for name, fraction in self.targets.items()},
         }
+
+
+def _example_scores(criterion: Criterion) -> list[float] | None:
+    """A function of the user's own is known by its name only, which is '<lambda>' for many."""
+    weight = torch.linspace(-1.0, 1.0, 8)
+    evidence = {"weight": weight, "initial": weight.flip(0) / 2, "previous": weight / 3, "noise": weight.abs()}
+    try:
+        return [round(float(score), 6) for score in criterion.score(evidence)]
+    except (RuntimeError, IndexError, ValueError, TypeError, KeyError):  # it wants a weight of more axes
+        return None
 
 
 def _checked_steps(total_steps: int | None) -> int | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from torch import nn
@@ -200,7 +200,7 @@ def test_a_second_fit_with_the_same_callback_writes_on(tmp_path: Path) -> None:
     ("epochs", "changes", "width", "words"),
     [
         (5, {}, 4, "is of 3 epochs, and this fit is of 5"),
-        (3, {"sparsity": 60}, 4, "targets is"),
+        (3, {"sparsity": 60}, 4, "sparsity is"),
         (3, {"schedule": "lin"}, 4, "schedule is 'one_cycle' there and 'lin' here"),
         (3, {"criteria": "squared_final"}, 4, "criteria is"),
         (3, {}, 6, "another network"),
@@ -338,3 +338,115 @@ def test_other_arguments_are_refused(tmp_path: Path, changes: dict[str, Any]) ->
     fit(3, rules(path, criteria=changes.get("criteria", "large_final")), Stop(1))
     with pytest.raises(FileError, match=r"seed is|skip_frozen is|save_tickets=False|lth=False"):
         fit(3, rules(path, resume=True, **changes))
+
+
+# -- what a notebook does ----------------------------------------------------------------------------------------------
+
+
+def test_the_same_callback_goes_on_after_an_interrupt(tmp_path: Path) -> None:
+    whole = fit(4, rules(tmp_path / "whole.safetensors"))
+    callback = rules(tmp_path / "run.safetensors", resume=True)
+    learn = fit(4, callback, Stop(2))
+    fit(4, callback, learn=learn)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, learn.model.state_dict()[name])
+
+
+def test_the_same_callback_does_not_overwrite_what_was_interrupted(tmp_path: Path) -> None:
+    callback = rules(tmp_path / "run.safetensors")
+    learn = fit(4, callback, Stop(2))
+    with pytest.raises(StateError, match="say resume=True"):
+        fit(4, callback, learn=learn)
+
+
+@pytest.mark.parametrize("lengths", [(2, 2), (2, 3)])
+@pytest.mark.parametrize("stop", [(0, 1), (1, 1)])
+def test_two_fits_that_share_a_callback_and_a_file_go_on_when_the_script_runs_again(
+    tmp_path: Path, lengths: tuple[int, int], stop: tuple[int, int]
+) -> None:
+    def script(path: Path, stop_in: int = -1) -> Learner:
+        callback, learn = rules(path, resume=True), learner()
+        for number, epochs in enumerate(lengths):
+            more = [Stop(stop[1])] if number == stop_in else []
+            fit(epochs, callback, *more, learn=learn)
+            if more:
+                break
+        return learn
+
+    whole = script(tmp_path / "whole")
+    script(tmp_path / "broken", stop_in=stop[0])
+    again = script(tmp_path / "broken")
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_one_schedule_over_two_fits_needs_no_resume_in_one_process(tmp_path: Path) -> None:
+    callback, learn = rules(tmp_path / "run.safetensors", total_epochs=4), learner()
+    fit(2, callback, learn=learn)
+    fit(2, callback, learn=learn)
+    assert callback.sparsity_now() == 50
+
+
+def test_a_fit_with_other_functions_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path, criteria=lambda w: w.abs(), schedule=lambda p: p), Stop(1))
+    with pytest.raises(FileError, match="criteria on an example"):
+        fit(3, rules(path, resume=True, criteria=lambda w: -w.abs(), schedule=lambda p: p))
+    with pytest.raises(FileError, match="schedule at each tenth"):
+        fit(3, rules(path, resume=True, criteria=lambda w: w.abs(), schedule=lambda p: p * p))
+
+
+def test_another_batch_size_or_frozen_layers_are_warned_about(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), Stop(1))
+    learn = learner()
+    learn.dls.train.bs = 4
+    with pytest.warns(GossamerWarning, match="batches an epoch = 3, and here it is 6"):
+        fit(3, rules(path, resume=True), learn=learn)
+
+
+def test_weights_that_are_nan_do_not_replace_a_checkpoint(tmp_path: Path) -> None:
+    class Diverge(Callback):
+        def after_train(self) -> None:
+            if self.epoch == 3:
+                with torch.no_grad():
+                    self.model[0].bias.fill_(torch.nan)
+
+    path = tmp_path / "run.safetensors"
+    with pytest.warns(GossamerWarning, match=r"'0.bias' has nan"):
+        fit(4, rules(path), Diverge())
+    assert load_state(path, "checkpoint of a fastai fit")["epoch"] == 3
+
+
+def test_two_callbacks_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(ArgumentError, match="another callback's"):
+        fit(1, rules(path), rules(path, layer_type=nn.Linear))
+
+
+def test_a_place_that_cannot_be_written_is_an_error_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot be written"):
+        fit(1, rules(tmp_path / "file" / "run.safetensors"))
+
+
+def test_an_early_end_says_that_the_target_is_not_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Enough(Callback):
+        def after_epoch(self) -> None:
+            if self.epoch == 1:
+                raise CancelFitException
+
+    fit(4, rules(tmp_path / "run.safetensors", verbose=True), Enough())
+    assert "so the target of 50% is not reached" in capsys.readouterr().out
+    fit(2, rules(tmp_path / "other.safetensors", verbose=True))
+    assert "not reached" not in capsys.readouterr().out
+
+
+def test_going_on_says_only_what_is_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.safetensors"
+    learn = fit(4, rules(path), Stop(2))
+    capsys.readouterr()
+    fit(4, rules(path, resume=True, verbose=True), learn=learn)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Pruning of weight until a sparsity of 50%", f"Going on from {path}: epoch 2 is next"]
+    assert not any("since an earlier fit" in line or "Keeping the" in line for line in lines)

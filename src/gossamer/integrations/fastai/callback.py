@@ -146,7 +146,11 @@ class SparsifyCallback(Traceless):
         if resume and checkpoint is None:
             raise ArgumentError("resume=True has nothing to go on from; name the file: checkpoint='run.safetensors'")
         self.total_epochs = total_epochs
+        if not isinstance(resume, bool):
+            raise ArgumentError(f"resume={resume!r} is neither True nor False")
         file, every = _as_path(checkpoint, "checkpoint"), as_epochs(every)
+        if file is None and every > 1:
+            raise ArgumentError(f"every={every} has no file to write; name it: checkpoint='run.safetensors'")
         self._file = None if file is None else FitFile(file, every, resume)
         self.history: list[dict[str, float]] = []
         self.tickets: list[Path] = []
@@ -213,7 +217,7 @@ class SparsifyCallback(Traceless):
         self._clean_up(learn)
         self.span = next_span(self._left, int(learn.n_epoch), self.total_epochs or fine_tune_epochs(learn))
         goes_on, self._left = self._left is not None and self.span.done > 0, None
-        if self._file is not None:
+        if self._file is not None and not goes_on:
             self._file.look(self.span.total)
         if self.sparse is None or self.sparse.sparsifier.model is not model:
             self._build(model)
@@ -224,20 +228,21 @@ class SparsifyCallback(Traceless):
             self._lottery.check(self.span.total)
         if not goes_on:
             self.sparse.restart()
+            self.history = []
         self._line = ""
         self._attach(learn)
         self._is_fitting = True
+        said = "" if self._file is None else self._file.attach(self, learn)
         if not goes_on:
             self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
-        if self.sparse.zeros_kept:
+        if said:
+            self._say(said)
+        elif self.sparse.zeros_kept:
             total = sum(m.numel() for m in self.sparse.sparsifier.masks.values())
             self._say_once(
                 f"Keeping the {self.sparse.zeros_kept:,} zeros that are there "
                 f"({100 * self.sparse.zeros_kept / total:.2f}%); keep_zeros=False would let them grow"
             )
-        said = "" if self._file is None else self._file.attach(self, learn)
-        if said:
-            self._say(said)
 
     def before_train(self) -> None:
         """Rewinds what is due, and saves the weights to rewind to."""
@@ -305,6 +310,8 @@ class SparsifyCallback(Traceless):
             return
         self._is_fitting = False
         self._left = self.span.after(int(self._learner().n_epoch))
+        if self._left is None and self._file is not None:
+            self._file.end()
         if self._left is None and self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
             self._lottery.rewind()
             self._say(f"Weights reset to those of epoch {self._lottery.epoch}")
@@ -339,6 +346,8 @@ class SparsifyCallback(Traceless):
         else:
             final = f"{report.sparsity:.2f}%"
         self._say(f"Final Sparsity: {final}")
+        if not self.sparse.at_target:
+            self._say(f"The fit ended before its schedule did, so the target of {self.sparsity}% is not reached")
         self._say(str(report))
         self._clean_up(learn)
 

@@ -52,6 +52,7 @@ def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str
         "callbacks": {n: v for n, v in changed.items() if v},
         "states": {cb.name: cb.state_dict() for cb in _others(learn) if _has_state(cb)},
         "loaders": [_loader_state(dl) for dl in learn.dls.loaders],
+        "set_up": _set_up(learn),
         "train_iter": int(cast(Any, learn).train_iter),
         "random": random_state(),
     }
@@ -102,6 +103,14 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
             f"{what} is of a fit with another optimizer, or other parameter groups; use the opt_func and the splitter "
             "that it was made with"
         )
+    for name, here in _set_up(learn).items():
+        there = state["set_up"].get(name)
+        if there != here:
+            warnings.warn(
+                f"{what} is of a fit with {name} = {there}, and here it is {here}: training goes on, but not as it was",
+                GossamerWarning,
+                stacklevel=2,
+            )
     load_weights(model, state["model"], what)
     if "hypers" in saved:
         parameters = [p for group in opt.param_lists for p in group]
@@ -227,6 +236,7 @@ class Checkpointer(Traceless):
 
     Args:
         owner: the callback whose fit it is.
+        path: the file.
         save: writes it.
         every: after every how many epochs; after the last in any case.
     """
@@ -234,10 +244,10 @@ class Checkpointer(Traceless):
     order = 80
     run_valid = False
 
-    def __init__(self, owner: Callback, save: Function[[], None], every: int) -> None:
+    def __init__(self, owner: Callback, path: Path, save: Function[[], None], every: int) -> None:
         super().__init__()
         self.owner = owner
-        self._save, self._every = save, every
+        self.path, self._save, self._every = path, save, every
 
     def after_epoch(self) -> None:
         """Saves, when it is time."""
@@ -246,6 +256,13 @@ class Checkpointer(Traceless):
             return
         if (learn.epoch + 1) % self._every == 0 or learn.epoch + 1 == learn.n_epoch:
             self._save()
+
+
+def _set_up(learn: Learner) -> dict[str, Any]:
+    return {
+        "batches an epoch": len(learn.dls.train),
+        "parameters that are not frozen": sum(p.requires_grad for p in cast(nn.Module, learn.model).parameters()),
+    }
 
 
 def _kind(opt: Any) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
+from torch import nn
 
-from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
 from gossamer.integrations.fastai.checkpoint import (
     Checkpointer,
     Resume,
@@ -56,34 +60,49 @@ class FitFile:
 
     def __init__(self, path: Path, every: int | str, resume: bool) -> None:
         self.path, self.every, self.resume = path, as_epochs(every), resume
-        self._is_ours = False  # written or read by this callback, so that it may be written over
+        self._fit = 0  # how many fits, or groups of fits that share a schedule, this callback has ended
+        self._is_done = False  # whether the file holds a fit that ended, and that this callback has seen to its end
         self._state: dict[str, Any] | None = None
         self._counters: dict[str, dict[str, Any]] = {}
 
+    def end(self) -> None:
+        """Takes note that a fit has come to its end, so that the next one may write over the file."""
+        self._is_done = self._state is None or self._state["fit"] <= self._fit  # else what it holds is still to come
+        self._fit += 1
+
     def look(self, total: int) -> None:
-        """Reads the file, if there is one.
+        """Reads the file, if there is one, and makes sure that it can be written.
 
         Args:
             total: epochs of the fit, or of all the fits that share a schedule.
 
         Raises:
             StateError: there is one, and nobody said to go on with it.
-            FileError: it is of another kind, or of a fit of another length.
+            FileError: it is of another kind, or of a fit of another length, or cannot be written.
         """
-        self._state = None
-        if self._is_ours or not self.path.exists():
+        self._state, name = None, repr(str(self.path))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path.parent).close()
+        except OSError as error:
+            raise FileError(
+                f"the checkpoint {name} cannot be written ({error.strerror}); name a file in a folder of yours"
+            ) from None
+        if self._is_done or not self.path.exists():
+            self._is_done = False
             return
-        name = repr(str(self.path))
         if not self.resume:
             raise StateError(
                 f"the checkpoint {name} is of an earlier fit, which this one would overwrite; say resume=True to go on "
                 "with it, or give another name, or delete it"
             )
         state = load_state(self.path, KIND)
-        lacking = next((key for key in ("total", "epoch", "sparse", "learner") if key not in state), None)
+        lacking = next((key for key in ("fit", "total", "epoch", "sparse", "learner") if key not in state), None)
         if lacking is not None:
             raise FileError(f"the checkpoint {name} lacks {lacking!r}; take another copy")
-        if state["total"] != total:
+        if state["fit"] < self._fit:  # the fit before this one, which is done
+            return
+        if state["fit"] == self._fit and state["total"] != total:
             raise FileError(
                 f"the checkpoint {name} is of {state['total']} epochs, and this fit is of {total}; fit the same number "
                 "of epochs, all of them: those that are done are skipped"
@@ -105,14 +124,18 @@ class FitFile:
         """
         state, span, here = self._state, callback.span, int(learn.n_epoch)
         done = 0 if state is None else int(state["epoch"]) - span.done
+        if state is not None and state["fit"] > self._fit:
+            done = here + 1  # a later fit is what the file holds
         skip = max(0, min(here, done))
         restore: Callable[[], None] | None = None
         said = ""
         if state is not None and 0 < done <= here:  # beyond this fit it is for the next one to go on
-            callback.check_state(state["sparse"])
+            try:
+                callback.check_state(state["sparse"])
+            except FileError as error:
+                raise FileError(f"the checkpoint {str(self.path)!r}: {error}") from None
             restore_training(learn, state["learner"], self.path)
             callback.load_state_dict(state["sparse"])
-            self._is_ours = True
             restore = partial(restore_rest, learn, state["learner"])
             left = "all is done" if span.done + here == span.total else "this fit is done, and the next goes on"
             said = f"Going on from {self.path}: " + (f"epoch {skip} is next" if skip < here else left)
@@ -120,17 +143,29 @@ class FitFile:
         def begin() -> None:
             self._counters = counters(learn)
 
+        if any(isinstance(cb, Checkpointer) and cb.path == self.path for cb in learn.cbs):
+            raise ArgumentError(f"checkpoint={str(self.path)!r} is another callback's too; give each a file of its own")
         learn.add_cb(Resume(callback, begin, skip, restore))
         if not rank_distrib():
-            learn.add_cb(Checkpointer(callback, lambda: self._save(callback, learn), self.every))
+            learn.add_cb(Checkpointer(callback, self.path, lambda: self._save(callback, learn), self.every))
         return said
 
     def _save(self, callback: SparsifyCallback, learn: Learner) -> None:
+        parameters = cast(nn.Module, learn.model).named_parameters()
+        broken = next((n for n, p in parameters if not bool(torch.isfinite(p.detach()).all())), None)
+        if broken is not None:
+            warnings.warn(
+                f"{broken!r} has nan or infinite weights, so the checkpoint {str(self.path)!r} stays as it was before "
+                "this epoch; stop, lower the learning rate, and go on from it",
+                GossamerWarning,
+                stacklevel=2,
+            )
+            return
         state = {
+            "fit": self._fit,
             "total": callback.span.total,
             "epoch": callback.span.done + int(learn.epoch) + 1,
             "sparse": callback.state_dict(),
             "learner": learner_state(learn, self._counters),
         }
         save_state(self.path, state, KIND)
-        self._is_ours = True

@@ -125,7 +125,7 @@ class KeepSparse(Traceless):
         if self._idle:
             return
         self._hold(learn)
-        if not self._silent and not hasattr(learn, "lr_finder"):
+        if not self._silent and not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
             masks = self.sparse.sparsifier.masks
             names = [name for name in masks if name not in self._without]
             zeros, total = sum(masks.masked(n) for n in names), sum(masks[n].numel() for n in names)
