@@ -628,7 +628,7 @@ CALLS = [
         "'lin' there and 'cos' here",
         "as that one was",
     ),
-    bad("state: another network", conv, lambda m: run(m).load_state_dict(state()), FileError, "targets", "'conv1'"),
+    bad("state: another network", conv, lambda m: run(m).load_state_dict(state()), FileError, "sparsity", "'conv1'"),
     bad(
         "state: another width",
         lambda: Net(width=16),

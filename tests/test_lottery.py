@@ -215,7 +215,7 @@ def test_a_finished_search_takes_further_rounds(tmp_path: Path) -> None:
         ({"granularity": "row"}, "granularity is 'weight' there and 'row' here"),
         ({"criteria": "movement"}, "criteria is 'large_final' there and 'movement' here"),
         ({"exclude": ["3"]}, "rate of '3' is 30 % there and missing here"),
-        ({"rounds": 1}, "2 rounds already, and rounds=1 here"),
+        ({"rounds": 1}, "has 2 rounds of this search already"),
         ({"model": network(2)}, "began with other weights"),
         ({"model": conv_network()}, "network of '0.bias' is .* there and missing here"),
     ],

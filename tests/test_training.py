@@ -511,7 +511,7 @@ def test_forgetting_is_as_if_it_had_never_stepped():
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"sparsity": 60}, "targets"),
+        ({"sparsity": 60}, "sparsity"),
         ({"schedule": "cos"}, "schedule is 'one_cycle' there and 'cos' here"),
         ({"granularity": "filter", "layer_type": nn.Conv2d}, "granularity"),
         ({"context": "global"}, "context"),

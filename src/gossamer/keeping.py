@@ -76,6 +76,7 @@ def keep_zeros(
     for name, (kept, masked) in found.items():
         layer = layers[name]
         layer.masked = layer.floor = masked
+        layer.zeros = ~kept
         layers.masks.replace(name, expand(kept, layer.target.view).view(layer.target.weight.shape))
     return sum(layers.masks.masked(name) for name in found)
 

@@ -31,6 +31,7 @@ class Layer:
         n_units: how many units there are.
         masked: how many of them are masked; None where only the device knows.
         floor: how many were zero before, and stay so whatever the schedule says.
+        zeros: which these are, one bool a unit; None where there are none.
     """
 
     target: Target
@@ -38,6 +39,7 @@ class Layer:
     n_units: int
     masked: int | None = 0
     floor: int = 0
+    zeros: Tensor | None = None
 
 
 class Layers(Mapping[str, Layer]):
@@ -104,7 +106,10 @@ class Layers(Mapping[str, Layer]):
         """How much each unit matters, in the shape of the weight's view, cut."""
         name, weight = layer.target.name, layer.target.weight
         evidence = {k: widen(t) for k, t in self.evidence.gather(name, weight).items()}
-        return pool(self.criterion.score(evidence).reshape(layer.target.view), layer.dims)
+        scores = pool(self.criterion.score(evidence).reshape(layer.target.view), layer.dims)
+        if layer.zeros is None:
+            return scores
+        return scores.masked_fill(layer.zeros.to(scores.device).view(scores.shape), -torch.inf)
 
     def flat_scores(self, layer: Layer) -> Tensor | ScoresOnDemand:
         """The same, flat; computed slice by slice where that will do."""

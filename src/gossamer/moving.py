@@ -129,7 +129,7 @@ class Mover:
             masked: int | Tensor = counts[i]
             layer.masked = None
             if round_to is not None or self._is_fast(layer):
-                masked = layer.masked = rounded(int(counts[i]), layer, round_to)
+                masked = layer.masked = max(layer.floor, rounded(int(counts[i]), layer, round_to))
             units = self._select(layer, scores[i], masked)
             changed[layer.target.name] = (units != self.layers.units(layer)).any()
             self.layers.replace(layer, units, state_of)

@@ -33,16 +33,26 @@ def restore_random_state(state: dict[str, Any]) -> None:
     Raises:
         ArgumentError: it is something else.
     """
-    lacking = next((kind for kind in ("python", "numpy", "torch") if kind not in state), None)
-    if lacking is not None:
-        raise ArgumentError(
-            f"no random_state(): it lacks {lacking!r}; give the part of the saved state that it was put in"
-        )
+    check_random_state(state)
     restore_generator(random, state["python"])
     torch.set_rng_state(state["torch"])
     np.random.set_state((state["numpy"]["name"], state["numpy"]["keys"], *state["numpy"]["rest"]))
     for device, there in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(there, device)
+
+
+def check_random_state(state: dict[str, Any]) -> None:
+    """Makes sure that something came from `random_state`.
+
+    Raises:
+        ArgumentError: it did not.
+    """
+    kinds = {"python": dict, "numpy": dict, "torch": torch.Tensor}
+    lacking = next((name for name, kind in kinds.items() if not isinstance(state.get(name), kind)), None)
+    if lacking is not None:
+        raise ArgumentError(
+            f"no random_state(): it lacks {lacking!r}; give the part of the saved state that it was put in"
+        )
 
 
 def generator_state(generator: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from gossamer.errors import ArgumentError, FileError, GossamerWarning, TargetErr
 from gossamer.evidence import Evidence
 from gossamer.keeping import keep_zeros
 from gossamer.layers import Layers, StateOf
-from gossamer.masks import Masks
+from gossamer.masks import Masks, pack, unpack
 from gossamer.moving import Mover, rounded
 from gossamer.report import SparsityReport, report_of
 from gossamer.rules.allocation import Context, as_context, check_round_to, check_target, count
@@ -273,7 +273,7 @@ class Sparsifier:
         """Masks, evidence, and how many units of each layer were zero before, as flat tensors."""
         masks = {f"mask/{n}": t for n, t in self.masks.state_dict().items()}
         shapes = {f"shape/{n}": torch.tensor(m.shape) for n, m in self.masks.items()}
-        floors = {f"floor/{n}": torch.tensor(layer.floor) for n, layer in self._layers.items() if layer.floor}
+        floors = {f"floor/{n}": pack(la.zeros) for n, la in self._layers.items() if la.zeros is not None}
         return {**masks, **shapes, **floors, **self.evidence.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -297,6 +297,11 @@ class Sparsifier:
                 raise FileError(
                     f"masks are of another network: layer {name!r} has shape {there} there and {tuple(mask.shape)} here"
                 )
+        zeros = {
+            name: unpack(state[f"floor/{name}"], (layer.n_units,), name)
+            for name, layer in self._layers.items()
+            if isinstance(state.get(f"floor/{name}"), Tensor)
+        }
         loaded = Masks({t.name: t.weight for t in self.targets})
         loaded.load_state_dict({n.removeprefix("mask/"): t for n, t in state.items() if n.startswith("mask/")})
         for name, layer in self._layers.items():
@@ -310,7 +315,8 @@ class Sparsifier:
         self._layers.masks = loaded
         for name, layer in self._layers.items():
             layer.masked = layer.n_units - int(torch.count_nonzero(self._layers.units(layer)))
-            layer.floor = min(layer.masked, int(state.get(f"floor/{name}", torch.tensor(0))))
+            layer.zeros = zeros.get(name)
+            layer.floor = 0 if layer.zeros is None else int(torch.count_nonzero(layer.zeros))
         self._mover.forget()
 
     def release(self) -> None:
@@ -318,4 +324,5 @@ class Sparsifier:
         for name, layer in self._layers.items():
             self.masks[name].fill_(True)
             layer.masked = layer.floor = 0
+            layer.zeros = None
         self._mover.forget()

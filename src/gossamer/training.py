@@ -108,7 +108,7 @@ class SparseTraining:
         self.targets = sparsifier.resolve(sparsity, round_to)
         sparsifier.check_weights()
         self.round_to = round_to
-        self.total_steps = _checked_steps(total_steps)
+        self.total_steps = self._made_for = _checked_steps(total_steps)
         self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to) if keep_zeros else 0
         self.steps_done = 0
         self.progress = 0.0
@@ -247,11 +247,6 @@ class SparseTraining:
         for key, fits in _FITS.items():
             if not fits(state[key]):
                 raise FileError(f"run state with {key}={state[key]!r}, which no run has; take another copy")
-        if self.total_steps is not None and state["total_steps"] != self.total_steps:
-            raise FileError(
-                f"run state of {state['total_steps']} total steps, and this run is of {self.total_steps}; give the "
-                "same number of epochs, all of them"
-            )
         for rule, here in self._rules().items():
             there = state["rules"].get(rule)
             if there != here:
@@ -270,6 +265,7 @@ class SparseTraining:
             "schedule": self.schedule.name,
             "schedule at each tenth": [round(self.schedule(i / 10), 6) for i in range(11)],
             "round_to": self.round_to,
+            "total_steps": self._made_for,
             "skip_frozen": sparsifier.skip_frozen,
             "seed": sparsifier.evidence.seed if "noise" in sparsifier.criterion.needs else None,
             "sparsity": {name: f"{float(100 * fraction):.6g} %" for name, fraction in self.targets.items()},

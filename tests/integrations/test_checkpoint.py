@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
-from fastai.optimizer import SGD, Adam, OptimWrapper
+from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
 from torch import nn
 
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
-from gossamer.integrations.fastai import SparsifyCallback
+from gossamer.integrations.fastai import SaveSparseModelCallback, SparsifyCallback
 from gossamer.storage.states import load_state, save_state
 from gossamer.storage.tensors import load_tensors
 
@@ -170,7 +171,7 @@ def test_every_so_many_epochs_and_after_the_last(tmp_path: Path) -> None:
     seen: list[int] = []
 
     class Look(Callback):
-        order = 90
+        order = 20_000  # after everybody else
 
         def after_epoch(self) -> None:
             path = tmp_path / "run.safetensors"
@@ -450,3 +451,167 @@ def test_going_on_says_only_what_is_so(tmp_path: Path, capsys: pytest.CaptureFix
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["Pruning of weight until a sparsity of 50%", f"Going on from {path}: epoch 2 is next"]
     assert not any("since an earlier fit" in line or "Keeping the" in line for line in lines)
+
+
+# -- what reviewers broke --------------------------------------------------------------------------------------------
+
+
+class InBetween(Callback):
+    """Validates in the middle of a fit, which sets fastai's own count of epochs to 0."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, lambda: None if self.learn.lock.locked() else self.learn.validate())
+
+
+@pytest.mark.parametrize("event", ["before_epoch", "before_train", "before_batch", "after_batch", "after_epoch"])
+def test_validating_in_the_middle_moves_neither_schedule_nor_checkpoint(tmp_path: Path, event: str) -> None:
+    callback = rules(tmp_path / "run.safetensors")
+    fit(3, callback, InBetween(event))
+    plain = rules(tmp_path / "plain.safetensors")
+    fit(3, plain)
+    assert [row["sparsity"] for row in callback.history] == [row["sparsity"] for row in plain.history]
+    assert load_state(tmp_path / "run.safetensors", "checkpoint of a fastai fit")["epoch"] == 3
+
+
+def test_an_optimizer_that_keeps_more_than_moments_goes_on(tmp_path: Path) -> None:
+    def train(path: Path, *more: Callback) -> Learner:
+        learn = learner()
+        learn.opt_func = ranger
+        return fit(4, rules(path, resume=True), *more, learn=learn)
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "broken", Stop(2))
+    again = train(tmp_path / "broken")
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def test_two_callbacks_of_one_class_each_go_on_with_their_own(tmp_path: Path) -> None:
+    class Counts(Callback):
+        def __init__(self, by: int) -> None:
+            self.total, self.by = 0, by
+
+        def after_step(self) -> None:
+            self.total += self.by
+
+    path, first, second = tmp_path / "run.safetensors", Counts(1), Counts(100)
+    fit(4, rules(path, resume=True), first, second, Stop(2))
+    first, second = Counts(1), Counts(100)
+    fit(4, rules(path, resume=True), first, second)
+    assert (first.total, second.total) == (12, 1200)
+
+
+def test_what_a_callback_counted_in_an_earlier_fit_is_not_lost(tmp_path: Path) -> None:
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.total = 0
+
+        def after_step(self) -> None:
+            self.total += 1
+
+    def script(path: Path, stop: bool) -> int:
+        callback, counts, learn = rules(path, resume=True), Counts(), learner()
+        fit(2, callback, counts, learn=learn)
+        fit(2, callback, counts, *([Stop(1)] if stop else []), learn=learn)
+        return counts.total
+
+    script(tmp_path / "run", stop=True)
+    assert script(tmp_path / "run", stop=False) == 12
+
+
+def mangle(state: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for step in path:
+        state = state[step]
+    if value is None:
+        del state[last]
+    else:
+        state[last] = value
+
+
+@pytest.mark.parametrize("value", [None, "x", 3.5])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("fit", "total", "epoch", "sparse", "learner", "sparse.run", "sparse.run.tensors", "sparse.history"),
+        *("sparse.tickets", "sparse.said", "sparse.rewinding", "learner.model", "learner.gradients"),
+        *("learner.optimizer", "learner.optimizer.state", "learner.optimizer.hypers", "learner.callbacks"),
+        *("learner.states", "learner.loaders", "learner.random", "learner.random.torch", "learner.recorder"),
+    ],
+)
+def test_a_mangled_checkpoint_is_a_file_error_and_nothing_changes(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), Stop(1))
+    state = load_state(path, "checkpoint of a fastai fit")
+    if key == "learner.recorder" and value is None:
+        return  # a learner need not have one
+    mangle(state, key, value)
+    save_state(path, state, "checkpoint of a fastai fit")
+    learn = learner()
+    before = {n: t.clone() for n, t in learn.model.state_dict().items()}
+    with pytest.raises(FileError):
+        fit(3, rules(path, resume=True), learn=learn)
+    assert all(torch.equal(t, before[n]) for n, t in learn.model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*numpy.core is deprecated")
+def test_a_checkpoint_sets_counters_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), SaveModelCallback(fname=str(tmp_path / "mine")), Stop(1))
+    state = load_state(path, "checkpoint of a fastai fit")
+    state["learner"]["callbacks"].setdefault("save_model 1", {})
+    state["learner"]["callbacks"]["save_model 1"] |= {"fname": str(tmp_path / "theirs"), "order": -3}
+    save_state(path, state, "checkpoint of a fastai fit")
+    saver = SaveModelCallback(fname=str(tmp_path / "mine"))
+    fit(3, rules(path, resume=True), saver)
+    assert (saver.fname, saver.order) == (str(tmp_path / "mine"), SaveModelCallback.order)
+
+
+def test_the_keeper_holds_through_a_validation_in_the_middle_and_through_cancelled_steps(tmp_path: Path) -> None:
+    class Cancel(Callback):
+        order = -50  # between the optimizer's step and the keeper's
+
+        def after_step(self) -> None:
+            raise CancelFitException
+
+    callback = SparsifyCallback(50, verbose=False)
+    learn = fit(1, callback)
+    masks = callback.sparse.sparsifier.masks
+    for other in (InBetween("after_epoch"), InBetween("before_epoch"), Cancel()):
+        with learn.no_bar():
+            learn.fit(2, 1e-2, cbs=other)
+        for target in callback.sparse.sparsifier.targets:
+            assert not target.weight.detach()[~masks[target.name]].any()
+
+
+def test_an_early_end_leaves_its_epochs_to_the_fits_that_follow(tmp_path: Path) -> None:
+    class Enough(Callback):
+        def after_epoch(self) -> None:
+            raise CancelFitException
+
+    callback, learn = SparsifyCallback(50, total_epochs=4, verbose=False), learner()
+    fit(3, callback, Enough(), learn=learn)
+    fit(3, callback, learn=learn)
+    assert callback.sparsity_now() == 50
+
+
+def test_a_refused_checkpoint_leaves_the_keeper_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), Stop(1))
+    learn = fit(1, SparsifyCallback(50, verbose=False))
+    keeper = learn.keep_sparse
+    with pytest.raises(FileError):
+        fit(3, rules(path, resume=True, sparsity=70, keep_zeros=False), learn=learn)
+    assert keeper in learn.cbs
+
+
+def test_the_saver_finds_the_schedule_beside_a_keeper_and_waits_for_the_last_phase(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    learn = learner()
+    learn.path = tmp_path
+    fit(1, SparsifyCallback(50, model=learn.model[0], verbose=False), learn=learn)
+    late = SparsifyCallback(50, model=learn.model[2], schedule="one_shot", total_epochs=2, verbose=False)
+    for _ in range(2):
+        fit(1, late, SaveSparseModelCallback(), learn=learn)
+    assert not [w for w in recwarn if issubclass(w.category, GossamerWarning)]

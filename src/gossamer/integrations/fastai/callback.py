@@ -164,6 +164,8 @@ class SparsifyCallback(Traceless):
         self.span = Span(1)
         self._left: Span | None = None
         self._keeper: KeepSparse | None = None
+        self.epoch_now, self._batch, self._batches = -1, 0, 1
+        self._is_new = True
         if model is not None:
             self._build(model)
 
@@ -219,20 +221,22 @@ class SparsifyCallback(Traceless):
         goes_on, self._left = self._left is not None and self.span.done > 0, None
         if self._file is not None and not goes_on:
             self._file.look(self.span.total)
-        if self.sparse is None or self.sparse.sparsifier.model is not model:
-            self._build(model)
+        if self._is_new or self.sparse is None or self.sparse.sparsifier.model is not model:
+            self._build(model)  # anew, if it was built for a part: that may have been loaded since
+            self._is_new = False
         assert self.sparse is not None
         self.sparse.optimizer = learn.opt
-        self._drop_keepers(learn)  # this run has taken over their zeros, or was told not to
         if self._lottery is not None:
             self._lottery.check(self.span.total)
         if not goes_on:
             self.sparse.restart()
             self.history = []
         self._line = ""
+        self.epoch_now, self._batch, self._batches = -1, 0, 1
         self._attach(learn)
         self._is_fitting = True
         said = "" if self._file is None else self._file.attach(self, learn)
+        self._drop_keepers(learn)  # this run has taken over their zeros, or was told not to
         if not goes_on:
             self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
         if said:
@@ -244,13 +248,24 @@ class SparsifyCallback(Traceless):
                 f"({100 * self.sparse.zeros_kept / total:.2f}%); keep_zeros=False would let them grow"
             )
 
+    def before_epoch(self) -> None:
+        """Counts the epochs, since validating in the middle of a fit sets the learner's own count to 0."""
+        learn = self._learner()
+        if not learn.lock.locked():
+            self.epoch_now = max(self.epoch_now + 1, int(learn.epoch))
+
+    def before_batch(self) -> None:
+        """Counts the batches, for the same reason."""
+        self._batch += 1
+
     def before_train(self) -> None:
         """Rewinds what is due, and saves the weights to rewind to."""
         self._reset_epoch()
+        self._batch, self._batches = 0, len(cast(Any, self._learner().dl))
         lottery = self._lottery
         if lottery is None or self._hold_only:
             return
-        epoch = self.span.done + int(self._learner().epoch)
+        epoch = self.span.done + self.epoch_now
         if lottery.begin_epoch(epoch):
             self._say(f"Saving Weights at epoch {epoch}")
 
@@ -265,7 +280,7 @@ class SparsifyCallback(Traceless):
         ):  # where a round is an epoch, masks move at its end
             self.sparse.hold()
             return
-        self._move(self.span.position(int(learn.epoch), int(learn.iter) + 1, int(learn.n_iter)))
+        self._move(self.span.position(self.epoch_now, self._batch, self._batches))
 
     def after_cancel_train(self) -> None:
         """Leaves the masks where the last step put them."""
@@ -289,15 +304,15 @@ class SparsifyCallback(Traceless):
         """Makes sure that the masks stand at the epoch's end, also where its last batch made no step."""
         if self.sparse is None or self._hold_only:
             return
-        learn, end = self._learner(), self._epoch_end()
+        end = self._epoch_end()
         if not self._cancelled and self._position != end:
             self._move(end)
         sparsity = self.sparsity_now()
-        epoch = int(learn.epoch)
+        epoch = self.epoch_now
         position = max(self._position, self.span.position(epoch)) if self._cancelled else end
         self.history.append({"epoch": self.span.done + epoch, "position": position, "sparsity": sparsity})
         average = "avg=" if isinstance(self.sparsity, dict) else ""
-        self._line = f"Sparsity at the end of epoch {learn.epoch}: {average}{sparsity:.2f}%"
+        self._line = f"Sparsity at the end of epoch {epoch}: {average}{sparsity:.2f}%"
 
     def _hold(self, learn: Learner) -> None:
         if self.sparse is not None:
@@ -309,7 +324,9 @@ class SparsifyCallback(Traceless):
         if self.sparse is None or self._hold_only or self._only_validates:
             return
         self._is_fitting = False
-        self._left = self.span.after(int(self._learner().n_epoch))
+        # A fit that was ended early leaves its other epochs to those that follow; fine_tune has its own plan for them.
+        n_epoch = int(self._learner().n_epoch)
+        self._left = self.span.after(n_epoch if self.total_epochs is None else self.epoch_now + 1)
         if self._left is None and self._file is not None:
             self._file.end()
         if self._left is None and self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
@@ -413,6 +430,9 @@ class SparsifyCallback(Traceless):
             StateError: before the first fit.
         """
         self._run().check_state(state["run"])
+        for key, kind in (("history", dict), ("tickets", str), ("said", str)):
+            if not isinstance(state[key], list) or not all(isinstance(item, kind) for item in state[key]):
+                raise FileError(f"the state has {key} {state[key]!r}, which no run has; take another copy")
         for name, here in self._rewinding().items():
             there = state["rewinding"].get(name)
             if there != here:
@@ -440,6 +460,11 @@ class SparsifyCallback(Traceless):
         return {name: getattr(self, name) for name in names}
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether other fits are to follow that share the schedule."""
+        return self._left is not None
 
     @property
     def _only_validates(self) -> bool:
@@ -487,7 +512,7 @@ class SparsifyCallback(Traceless):
             lottery.end_round(is_last=position >= 1)
 
     def _epoch_end(self) -> float:
-        return self.span.position(int(self._learner().epoch) + 1)
+        return self.span.position(self.epoch_now + 1)
 
     def _save_ticket(self, lottery: Lottery) -> None:
         learn = self._learner()

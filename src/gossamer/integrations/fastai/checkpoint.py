@@ -20,10 +20,18 @@ from torch import Tensor, nn
 
 from gossamer.errors import FileError, GossamerWarning
 from gossamer.integrations.fastai.followers import Traceless
-from gossamer.randomness import generator_state, random_state, restore_generator, restore_random_state
+from gossamer.randomness import (
+    check_random_state,
+    generator_state,
+    random_state,
+    restore_generator,
+    restore_random_state,
+)
 from gossamer.targets import unwrapped
 from gossamer.weights import check_weights, load_weights
 
+_FASTAI = ("run", "run_train", "run_valid", "order")  # what fastai steers a callback by
+_PLACES = ("generator", "sampler.generator", "batch_sampler.generator", "batch_sampler.sampler.generator")
 _OWN = (TrainEvalCallback, ProgressCallback, Recorder)
 
 
@@ -50,7 +58,7 @@ def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str
         "optimizer": cast(Any, learn).opt.state_dict(),
         "optimizer_kind": _kind(learn.opt),
         "callbacks": {n: v for n, v in changed.items() if v},
-        "states": {cb.name: cb.state_dict() for cb in _others(learn) if _has_state(cb)},
+        "states": {_names(learn)[id(cb)]: cb.state_dict() for cb in _others(learn) if _has_state(cb)},
         "loaders": [_loader_state(dl) for dl in learn.dls.loaders],
         "set_up": _set_up(learn),
         "train_iter": int(cast(Any, learn).train_iter),
@@ -90,7 +98,7 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
     saved = state["optimizer"]
     groups = [len(group) for group in opt.param_lists]
     if "hypers" in saved:  # fastai's own; torch's say which parameters are in which group
-        same = len(saved["hypers"]) == len(groups) and len(saved["state"]) == sum(groups)
+        same = [type(group) for group in saved["hypers"]] == [dict] * len(groups) and len(saved["state"]) == sum(groups)
     else:
         same = [len(g["params"]) for g in saved.get("param_groups", [])] == groups
     if state["optimizer_kind"] != _kind(opt):
@@ -115,6 +123,7 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
     if "hypers" in saved:
         parameters = [p for group in opt.param_lists for p in group]
         saved = {
+            **saved,  # Lookahead has a count, and slow weights
             "hypers": L(saved["hypers"]),
             "state": [
                 {k: v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k, v in entries.items()}
@@ -125,6 +134,23 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
     for name, parameter in model.named_parameters():  # an interrupt leaves gradients behind
         gradient = state["gradients"].get(name)
         parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def check_rest(state: dict[str, Any]) -> None:
+    """Makes sure that what `restore_rest` will put back is all there.
+
+    Raises:
+        KeyError: something is missing.
+        TypeError: something is of another kind.
+    """
+    kinds = {"callbacks": dict, "states": dict, "loaders": list, "train_iter": int, "random": dict, "gradients": dict}
+    for key, kind in kinds.items():
+        if not isinstance(state[key], kind):
+            raise TypeError(f"{key} is a {type(state[key]).__name__}")
+    check_random_state(state["random"])
+    if "recorder" in state:
+        for key in ("lrs", "losses", "iters", "values", "smooth"):
+            state["recorder"][key]
 
 
 def restore_rest(learn: Learner, state: dict[str, Any]) -> None:
@@ -147,11 +173,13 @@ def restore_rest(learn: Learner, state: dict[str, Any]) -> None:
 
 def _restore_callbacks(learn: Learner, state: dict[str, Any]) -> None:
     cast(Any, learn).train_iter = state["train_iter"]
+    names, now = _names(learn), counters(learn)
     for cb in _others(learn):
-        for name, value in state["callbacks"].get(cb.name, {}).items():
-            vars(cb)[name] = value
-        if cb.name in state["states"]:
-            cb.load_state_dict(state["states"][cb.name])
+        for name, value in state["callbacks"].get(names[id(cb)], {}).items():
+            if name in now.get(names[id(cb)], {}) and isinstance(value, (bool, int, float)):
+                vars(cb)[name] = value
+        if names[id(cb)] in state["states"]:
+            cb.load_state_dict(state["states"][names[id(cb)]])
     if "scaler" in state and getattr(learn, "scaler", None) is not None:
         cast(Any, learn).scaler.load_state_dict(state["scaler"])
     recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
@@ -165,11 +193,12 @@ def _restore_callbacks(learn: Learner, state: dict[str, Any]) -> None:
 
 def counters(learn: Learner) -> dict[str, dict[str, Any]]:
     """The plain numbers that other callbacks hold: a best value, how long they have waited, a count."""
+    names = _names(learn)
     return {
-        cb.name: {
+        names[id(cb)]: {
             name: value.item() if isinstance(value, np.generic) else value
             for name, value in vars(cb).items()
-            if name not in ("run", "learn") and isinstance(value, (bool, int, float, np.generic))
+            if name not in _FASTAI and isinstance(value, (bool, int, float, np.generic))
         }
         for cb in _others(learn)
         if not _has_state(cb)
@@ -197,19 +226,20 @@ class Resume(Traceless):
         self.owner = owner
         self._begin, self._skip, self._restore = begin, skip, restore
         self._stopped: list[Callback] = []
-        self._begun = False
+        self._begun, self._epoch = False, -1
 
     def before_epoch(self) -> None:
         """Skips, or starts."""
         learn = cast(Learner, self.learn)
         if learn.lock.locked():  # somebody validates in the middle of the fit
             return
+        self._epoch += 1
         if not self._begun:
             self._begun = True
             self._begin()
             if self._skip:
                 self._stopped = [cb for cb in learn.cbs if cb is not self and cb.run]
-        if learn.epoch < self._skip:
+        if self._epoch < self._skip:
             self._set_running(False)
             raise cast(Any, core).CancelEpochException
         self._go_on()
@@ -241,7 +271,7 @@ class Checkpointer(Traceless):
         every: after every how many epochs; after the last in any case.
     """
 
-    order = 80
+    order = 10_000
     run_valid = False
 
     def __init__(self, owner: Callback, path: Path, save: Function[[], None], every: int) -> None:
@@ -251,10 +281,8 @@ class Checkpointer(Traceless):
 
     def after_epoch(self) -> None:
         """Saves, when it is time."""
-        learn = cast(Any, self.learn)
-        if learn.lock.locked():
-            return
-        if (learn.epoch + 1) % self._every == 0 or learn.epoch + 1 == learn.n_epoch:
+        learn, done = cast(Any, self.learn), cast(Any, self.owner).epoch_now + 1
+        if not learn.lock.locked() and (done % self._every == 0 or done == learn.n_epoch):
             self._save()
 
 
@@ -279,6 +307,16 @@ def _others(learn: Learner) -> Iterable[Any]:
     return [cb for cb in learn.cbs if not isinstance(cb, _OWN) and cb not in ours]
 
 
+def _names(learn: Learner) -> dict[int, str]:
+    """A name for each callback, also where two are of one class."""
+    seen: dict[str, int] = {}
+    names: dict[int, str] = {}
+    for cb in _others(learn):
+        seen[cb.name] = seen.get(cb.name, 0) + 1
+        names[id(cb)] = f"{cb.name} {seen[cb.name]}"
+    return names
+
+
 def _has_state(cb: Any) -> bool:
     # On the class: fastai looks up what a callback lacks in the learner, and then in the model.
     return hasattr(type(cb), "state_dict") and hasattr(type(cb), "load_state_dict")
@@ -292,7 +330,7 @@ def _loader_state(loader: Any) -> dict[str, Any]:
     state: dict[str, Any] = {}
     if hasattr(loader, "rng"):  # fastai's own loader
         state["rng"] = generator_state(loader.rng)
-    for where in ("generator", "sampler"):
+    for where in _PLACES:
         generator = _generator(loader, where)
         if generator is not None:
             state[where] = generator.get_state()
@@ -302,13 +340,14 @@ def _loader_state(loader: Any) -> dict[str, Any]:
 def _restore_loader(loader: Any, state: dict[str, Any]) -> None:
     if "rng" in state and hasattr(loader, "rng"):
         restore_generator(loader.rng, state["rng"])
-    for where in ("generator", "sampler"):
+    for where in _PLACES:
         generator = _generator(loader, where)
         if generator is not None and where in state:
             generator.set_state(state[where])
 
 
 def _generator(loader: Any, where: str) -> torch.Generator | None:
-    holder = loader if where == "generator" else getattr(loader, "sampler", None)
-    generator = getattr(holder, "generator", None)
-    return generator if isinstance(generator, torch.Generator) else None
+    holder = loader
+    for step in where.split("."):
+        holder = getattr(holder, step, None)
+    return holder if isinstance(holder, torch.Generator) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -18,12 +19,15 @@ from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateErro
 from gossamer.integrations.fastai.checkpoint import (
     Checkpointer,
     Resume,
+    check_rest,
     counters,
     learner_state,
     restore_rest,
     restore_training,
 )
 from gossamer.storage.states import load_state, save_state
+from gossamer.targets import unwrapped
+from gossamer.weights import load_weights
 
 if TYPE_CHECKING:
     from gossamer.integrations.fastai.callback import SparsifyCallback
@@ -81,6 +85,8 @@ class FitFile:
             FileError: it is of another kind, or of a fit of another length, or cannot be written.
         """
         self._state, name = None, repr(str(self.path))
+        if self.path.is_dir():
+            raise FileError(f"the checkpoint {name} is a folder; name a file in it")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path.parent).close()
@@ -100,6 +106,11 @@ class FitFile:
         lacking = next((key for key in ("fit", "total", "epoch", "sparse", "learner") if key not in state), None)
         if lacking is not None:
             raise FileError(f"the checkpoint {name} lacks {lacking!r}; take another copy")
+        for key, at_least in (("fit", 0), ("total", 1), ("epoch", 1)):
+            value = state[key]
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+            if not good or (key == "epoch" and value > state["total"]):
+                raise FileError(f"the checkpoint {name} has {key} {value!r}, which no fit has; take another copy")
         if state["fit"] < self._fit:  # the fit before this one, which is done
             return
         if state["fit"] == self._fit and state["total"] != total:
@@ -130,18 +141,17 @@ class FitFile:
         restore: Callable[[], None] | None = None
         said = ""
         if state is not None and 0 < done <= here:  # beyond this fit it is for the next one to go on
-            try:
-                callback.check_state(state["sparse"])
-            except FileError as error:
-                raise FileError(f"the checkpoint {str(self.path)!r}: {error}") from None
-            restore_training(learn, state["learner"], self.path)
-            callback.load_state_dict(state["sparse"])
+            self._put_back(callback, learn, state)
             restore = partial(restore_rest, learn, state["learner"])
             left = "all is done" if span.done + here == span.total else "this fit is done, and the next goes on"
             said = f"Going on from {self.path}: " + (f"epoch {skip} is next" if skip < here else left)
+        elif state is not None and done > here:  # what comes between two fits shall not see untrained weights
+            load_weights(
+                unwrapped(cast(nn.Module, learn.model)), state["learner"]["model"], f"the checkpoint {self.path}"
+            )
 
         def begin() -> None:
-            self._counters = counters(learn)
+            self._counters = {**counters(learn), **self._counters}  # as they were before any fit of this file
 
         if any(isinstance(cb, Checkpointer) and cb.path == self.path for cb in learn.cbs):
             raise ArgumentError(f"checkpoint={str(self.path)!r} is another callback's too; give each a file of its own")
@@ -149,6 +159,24 @@ class FitFile:
         if not rank_distrib():
             learn.add_cb(Checkpointer(callback, self.path, lambda: self._save(callback, learn), self.every))
         return said
+
+    def _put_back(self, callback: SparsifyCallback, learn: Learner, state: dict[str, Any]) -> None:
+        model, opt = cast(nn.Module, learn.model), cast(Any, learn.opt)
+        before = copy.deepcopy({"model": model.state_dict(), "own": callback.state_dict()})
+        optimizer = copy.deepcopy(opt.state_dict())
+        name = f"the checkpoint {str(self.path)!r}"
+        try:
+            callback.check_state(state["sparse"])
+            check_rest(state["learner"])
+            restore_training(learn, state["learner"], self.path)
+            callback.load_state_dict(state["sparse"])
+        except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            model.load_state_dict(before["model"])
+            opt.load_state_dict(optimizer)
+            callback.load_state_dict(before["own"])
+            if isinstance(error, FileError):
+                raise FileError(str(error) if name in str(error) else f"{name}: {error}") from None
+            raise FileError(f"{name} is damaged ({error!r}); take another copy") from None
 
     def _save(self, callback: SparsifyCallback, learn: Learner) -> None:
         parameters = cast(nn.Module, learn.model).named_parameters()
@@ -164,7 +192,7 @@ class FitFile:
         state = {
             "fit": self._fit,
             "total": callback.span.total,
-            "epoch": callback.span.done + int(learn.epoch) + 1,
+            "epoch": callback.span.done + callback.epoch_now + 1,
             "sparse": callback.state_dict(),
             "learner": learner_state(learn, self._counters),
         }

@@ -117,11 +117,14 @@ class KeepSparse(Traceless):
         super().__init__()
         self.sparse, self._silent = run, not verbose
         self._without: set[str] = set()
+        self._idle = False
 
     def before_fit(self) -> None:
         """Applies the masks to what may have been loaded in between, and says once that they hold."""
         learn = cast(Learner, self.learn)
-        self._idle = learn.lock.locked() or self._is_replaced(learn)
+        if learn.lock.locked():  # somebody validates, perhaps in the middle of a fit
+            return
+        self._idle = self._is_replaced(learn)
         if self._idle:
             return
         self._hold(learn)
@@ -139,6 +142,22 @@ class KeepSparse(Traceless):
         """Zeroes what is masked."""
         if not self._idle:
             self._hold(cast(Learner, self.learn))
+
+    def after_cancel_batch(self) -> None:
+        """Zeroes what is masked, in case the optimizer had stepped already."""
+        self.after_step()
+
+    def after_cancel_train(self) -> None:
+        """Zeroes what is masked, in case the optimizer had stepped already."""
+        self.after_step()
+
+    def after_cancel_epoch(self) -> None:
+        """Zeroes what is masked, in case the optimizer had stepped already."""
+        self.after_step()
+
+    def after_cancel_fit(self) -> None:
+        """Zeroes what is masked, in case the optimizer had stepped already."""
+        self.after_step()
 
     def release(self) -> None:
         """Lets go of the masks, and leaves the learner."""

@@ -38,9 +38,9 @@ class SaveSparseModelCallback(Traceless, SaveModelCallback):
                 "SaveSparseModelCallback found nothing that makes the network sparse; add a SparsifyCallback to the fit"
             )
         self._saved = False
-        span: Any = next((cb.span for cb in self._sources if is_sparsifier(cb)), None)
-        if span is not None and not self.at_end and learn.n_epoch > 1:
-            schedule = self._sources[0].schedule
+        source: Any = next((cb for cb in self._sources if is_sparsifier(cb)), None)
+        if source is not None and not self.at_end and learn.n_epoch > 1:
+            schedule, span = source.schedule, source.span
             reached = [e for e in range(learn.n_epoch) if schedule(span.position(e + 1)) == schedule(1.0)]
             if reached == [learn.n_epoch - 1]:
                 warnings.warn(
@@ -59,7 +59,7 @@ class SaveSparseModelCallback(Traceless, SaveModelCallback):
         """Loads the best of these, where there is one."""
         if self.at_end or self._saved:
             super().after_fit(**kwargs)
-        elif not self.every_epoch:
+        elif not self.every_epoch and not any(is_sparsifier(cb) and cb.goes_on for cb in self._sources):
             warnings.warn(
                 "no epoch of this fit ended at the target sparsity, so no model was saved and none is loaded; train "
                 "longer, or end the schedule sooner",
