@@ -121,7 +121,7 @@ def train(kind: str, folder: Path, kill_at: int, epochs: int) -> None:
     masks = sparse.sparse.sparsifier.masks
     recorder = learn.recorder
     print("weights", digest(learn.model.state_dict()))
-    print("masks", digest({n: m for n, m in masks.items()}))
+    print("masks", digest(dict(masks)))
     print("optimizer", digest(learn.opt.state_dict()))
     print("recorder", digest([[float(v) for v in recorder.losses], list(map(float, recorder.lrs)), recorder.iters]))
     print("values", digest([list(row) for row in recorder.values]))
@@ -190,7 +190,7 @@ def main() -> None:
                 _, out = child(kind, Path(other), 0, options.epochs)
             want, got = (dict(line.split() for line in text.splitlines()) for text in (whole, out))
             lines = [(Path(f) / "lines.txt").read_text().replace(f, "").splitlines() for f in (one, other)]
-            # What a process prints after it went on must be how the whole run's output ends; the opening line is its own.
+            # What a process prints after it went on must be how the whole run's output ends; the first line is its own.
             rest = [line for line in lines[1] if not line.startswith("Pruning of")]
             same = {name: want[name] == got[name] for name in want}
             same["lines"] = bool(rest) and lines[0][-len(rest) :] == rest

@@ -480,3 +480,11 @@ def test_layers_in_a_wrapped_network_have_their_own_names() -> None:
     search = search_of(Trainer(), nn.DataParallel(network()), rounds=1)
     assert search.rows == search_of(rounds=1).rows
     assert list(search.ticket(1).masks) == ["0", "3"]
+
+
+def test_a_network_that_is_sparse_already_is_refused():
+    net = nn.Linear(20, 2)
+    with torch.no_grad():
+        net.weight[:, :10] = 0
+    with pytest.raises(ArgumentError, match=r"50.00 % zeros already"):
+        find_ticket(net, lambda model, run: 0.0, progress=False)

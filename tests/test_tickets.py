@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,27 @@ def test_another_ticket_of_the_same_name_is_not_overwritten(tmp_path: Path) -> N
     (tmp_path / names[0]).write_text("no ticket")
     assert first.save(tmp_path).name == "ticket_50.00_3.safetensors"
     assert (tmp_path / names[0]).read_text() == "no ticket"
+
+
+def test_a_network_that_keeps_more_than_tensors_can_be_rewound() -> None:
+    class Counts(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"count": 1}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    net = nn.Sequential(Counts(4, 4))
+    run = SparseTraining(Sparsifier(net, layer_type=nn.Linear), None, 50, "one_shot", total_steps=2)
+    lottery = Lottery(run)
+    lottery.snapshot()
+    before = net[0].weight.detach().clone()
+    run.move_to(1.0)
+    with torch.no_grad():
+        net[0].weight += 1
+    lottery.rewind()
+    mask = run.sparsifier.masks["0"]
+    assert torch.equal(net[0].weight.detach()[mask], before[mask])
+    lottery.ticket().apply_to(net)
+    for state in (None, {}, {"weights": 5}):
+        with pytest.raises(FileError):
+            lottery.load_state_dict(state)  # pyright: ignore[reportArgumentType]

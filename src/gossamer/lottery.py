@@ -30,6 +30,7 @@ from gossamer.sparsifier import Sparsifier
 from gossamer.targets import LayerTypes
 from gossamer.tickets import Ticket, ticket_of
 from gossamer.trials import TicketRun, copy_of, put_masks, put_weights, random_mask, reinitialised
+from gossamer.weights import check_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,6 +166,11 @@ def find_ticket(
             "rates cannot be used with context='global', in which all layers share one; give rate alone"
         )
     sparsifier = Sparsifier(model, granularity, context, criteria, layer_type, exclude=exclude, seed=seed)
+    if sparsifier.report().zeros * 1000 > sparsifier.report().params:
+        raise ArgumentError(
+            f"the network has {sparsifier.report().sparsity:.2f} % zeros already, and a search starts from a dense "
+            "one; give one that is freshly made"
+        )
     shares = shares_of(sparsifier, rate, {} if rates is None else rates)
     check_counts(sparsifier, shares, rounds)
     sparsifier.check_weights()
@@ -346,6 +352,8 @@ class TicketSearch:
         self._rewind = {} if self.rewind_step else before
         try:
             if saved is not None:
+                for weights in (saved.trained, saved.rewind):
+                    check_weights(before, weights, f"the search in {str(record.folder)!r}" if record else "the search")
                 sparsifier.load_state_dict(saved.state)
                 put_weights(model, saved.trained)
                 self._rewind, self._masks = saved.rewind, saved.masks

@@ -19,6 +19,7 @@ from gossamer.storage.tensors import load_tensors, save_tensors
 from gossamer.tickets import Ticket
 
 _FORMAT, _VERSION = "gossamer-ticket-search", 1
+_ROW = ("remaining", "round", "score", "steps")
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class Record:
         >>> record = Record(Path(tempfile.mkdtemp()), {"rate": "20"})
         >>> record.load(rounds=3) is None
         True
-        >>> record.save(Saved([{"round": 0}], {}, {}, {}, [{}]))
-        >>> record.load(rounds=3).rows
-        [{'round': 0}]
+        >>> row, part = {"round": 0, "remaining": 100.0, "score": 0.5, "steps": 9}, {"0": torch.ones(1)}
+        >>> record.save(Saved([row], part, part, part, [part]))
+        >>> record.load(rounds=3).rows[0]["score"]
+        0.5
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -103,7 +105,9 @@ class Record:
         try:
             settings: dict[str, Any] = json.loads(metadata["settings"])
             rows: list[dict[str, Any]] = json.loads(metadata["rows"])
-        except (KeyError, ValueError):
+            if not isinstance(settings, dict) or not rows or any(tuple(sorted(row)) != _ROW for row in rows):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
             raise FileError(f"{str(self.path)!r} does not say what search it is; take another copy") from None
         difference = _difference(settings, self.settings)
         if not difference and len(rows) > rounds + 1:
@@ -120,7 +124,11 @@ class Record:
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")
             groups.setdefault(part, {})[name] = tensor
-        masks = [groups.get(f"masks {i}", {}) for i in range(len(rows))]
+        lacking = [part for part in ("rewind", "trained", "state") if part not in groups]
+        lacking += [f"masks {i}" for i in range(len(rows)) if f"masks {i}" not in groups]
+        if lacking:
+            raise FileError(f"{str(self.path)!r} lacks its {lacking[0]}; take another copy")
+        masks = [groups[f"masks {i}"] for i in range(len(rows))]
         return Saved(rows, groups.get("rewind", {}), groups.get("trained", {}), groups.get("state", {}), masks)
 
 

@@ -22,7 +22,7 @@ from gossamer.sparsifier import Sparsifier
 from gossamer.storage.tensors import load_tensors, save_tensors
 from gossamer.targets import unwrapped
 from gossamer.training import SparseTraining, forget
-from gossamer.weights import check_weights, load_weights
+from gossamer.weights import check_weights, load_weights, tensors_of
 
 _FORMAT, _VERSION = "gossamer-ticket", 1
 
@@ -278,7 +278,7 @@ class Lottery:
             epoch: the epoch that starts now.
         """
         self.epoch = epoch
-        self._weights = {n: t.detach().clone() for n, t in self.run.sparsifier.model.state_dict().items()}
+        self._weights = {n: t.detach().clone() for n, t in tensors_of(self.run.sparsifier.model).items()}
 
     def rewind(self) -> None:
         """Takes the whole network back to the snapshot: weights, biases, normalisation and its running statistics.
@@ -292,7 +292,7 @@ class Lottery:
         self._is_due = False
         model = self.run.sparsifier.model
         with torch.no_grad():
-            for name, tensor in model.state_dict().items():
+            for name, tensor in tensors_of(model).items():
                 tensor.copy_(self._weights[name])
         forget(self.run.optimizer, model.parameters())
         self.run.hold()
@@ -316,7 +316,11 @@ class Lottery:
         Raises:
             FileError: the weights are of another network.
         """
-        own, weights = self.run.sparsifier.model.state_dict(), state["weights"]
+        if not isinstance(state, Mapping) or not isinstance(state.get("weights"), Mapping):
+            raise FileError(
+                f"state of a lottery must be a dict with weights, got {state!r}; take what state_dict() gave"
+            )
+        own, weights = tensors_of(self.run.sparsifier.model), state["weights"]
         if weights:
             check_weights(own, weights, "the snapshot to rewind to")
         self.epoch, self._is_due = int(state["epoch"]), bool(state["is_due"])

@@ -36,7 +36,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], what: str) -> Non
         raise FileError(f"the network is lazy and {lazy!r} has no shape yet; run one batch through it first")
     state = model.state_dict()
     check_weights(state, weights, what)
-    extra = {name: weights[name] for name, tensor in state.items() if not isinstance(tensor, Tensor)}
+    extra = {n: weights[n] for n, value in state.items() if not isinstance(value, Tensor) and n in weights}
     with torch.no_grad():
         for name, tensor in state.items():
             if isinstance(tensor, Tensor):
@@ -57,14 +57,28 @@ def check_weights(state: Mapping[str, Any], weights: Mapping[str, Any], what: st
         ...
         gossamer.errors.FileError: the example is of another network: 'w' has shape (3,) there and (2,) here
     """
-    odd = sorted(set(state) ^ set(weights))
+    own = {name for name, value in state.items() if isinstance(value, Tensor)}
+    there = {name for name, value in weights.items() if isinstance(value, Tensor) or name in own}
+    odd = sorted(own ^ there)  # what modules keep besides tensors is not compared: most files leave it out
     if odd:
-        where = "is not in this network" if odd[0] in weights else "is missing there"
-        raise FileError(f"{what} is of another network: {odd[0]!r} {where}. {closest(odd[0], state)}")
-    for name, tensor in state.items():
+        where = "is not in this network" if odd[0] in there else "is missing there"
+        raise FileError(f"{what} is of another network: {odd[0]!r} {where}. {closest(odd[0], own)}")
+    for name, mine in state.items():
+        if name not in own:
+            continue
         other = weights[name]
-        if isinstance(tensor, Tensor) and (not isinstance(other, Tensor) or tensor.shape != other.shape):
-            there = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+        if not isinstance(other, Tensor) or mine.shape != other.shape:
+            shape = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
             raise FileError(
-                f"{what} is of another network: {name!r} has shape {there} there and {tuple(tensor.shape)} here"
+                f"{what} is of another network: {name!r} has shape {shape} there and {tuple(mine.shape)} here"
             )
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors in a network's state_dict, without what modules keep besides.
+
+    Example:
+        >>> sorted(tensors_of(nn.Linear(2, 2)))
+        ['bias', 'weight']
+    """
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
