@@ -40,6 +40,7 @@ from torch import nn
 import plain
 from gossamer import ArgumentError, GossamerWarning, StateError
 from gossamer.integrations.fastai import KeepSparse, SaveSparseModelCallback, SparsifyCallback
+from gossamer.integrations.fastai.guard import Guard
 from gossamer.rules.schedules import lin, one_cycle
 
 pytestmark = [
@@ -968,3 +969,43 @@ def test_after_an_interrupt_with_the_callback_on_the_learner_validation_sees_zer
     learn.validate()
     for target in callback.sparse.sparsifier.targets:
         assert not target.weight.detach()[~callback.sparse.sparsifier.masks[target.name]].any()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("when", ["sparse", "dense"])
+def test_an_interrupt_leaves_zeros_and_no_trace_at_once_with_the_callback_on_the_learner(
+    error: type[BaseException], when: str, tmp_path: Path
+) -> None:
+    def stop(_: Learner) -> None:
+        raise error("stopped")
+
+    watch = Watch(stop)
+    watch.order = -50  # between the optimizer's step and ours
+    learn, callback = small(tmp_path), half(schedule=lin)
+    learn.add_cb(callback)
+    quiet(learn, 1)
+    if when == "dense":
+        learn.remove_cb(callback)
+    metrics, callbacks = list(learn.metrics), [type(cb) for cb in learn.cbs]
+    with contextlib.suppress(error):
+        quiet(learn, 1, watch)
+    for target in callback.sparse.sparsifier.targets:
+        assert not target.weight.detach()[~callback.sparse.sparsifier.masks[target.name]].any()
+    if when == "sparse":
+        assert "_do_epoch" not in vars(learn)
+        assert (list(learn.metrics), [type(cb) for cb in learn.cbs]) == (metrics, callbacks)
+    quiet(learn, 1)
+    assert "_do_epoch" not in vars(learn)
+    assert callback.sparsity_now() == 50
+
+
+def test_two_guards_leave_in_any_order() -> None:
+    learn = small()
+    broken: list[str] = []
+    first, second = Guard(learn, lambda: broken.append("first")), Guard(learn, lambda: broken.append("second"))
+    first.leave()
+    with pytest.raises(AttributeError):
+        learn._do_epoch()  # no fit, so no epoch
+    assert broken == ["second"]
+    second.leave()
+    assert "_do_epoch" not in vars(learn)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from fastai.callback import core
 from fastai.learner import Learner
 from torch import Tensor, nn
 
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
 from gossamer.integrations.fastai.fit_file import FitFile, as_epochs
 from gossamer.integrations.fastai.followers import Announcer, KeepSparse, SparsityMetric, Traceless
+from gossamer.integrations.fastai.guard import Guard
 from gossamer.integrations.fastai.span import Span, fine_tune_epochs, is_within_fit, next_span
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
@@ -25,6 +29,8 @@ from gossamer.sparsifier import Sparsifier
 from gossamer.targets import LayerTypes, Target, as_layer_types, as_patterns, resolve_sparsity, unwrapped
 from gossamer.tickets import Lottery
 from gossamer.training import SparseTraining
+
+_CANCELS = tuple(vars(core)[f"Cancel{what}Exception"] for what in ("Fit", "Epoch", "Train", "Valid"))
 
 
 class SparsifyCallback(Traceless):
@@ -166,6 +172,7 @@ class SparsifyCallback(Traceless):
         self._keeper: KeepSparse | None = None
         self.epoch_now, self._batch, self._batches = -1, 0, 1
         self._is_new = True
+        self._guard: Guard | None = None
         if model is not None:
             self._build(model)
 
@@ -529,11 +536,23 @@ class SparsifyCallback(Traceless):
     # -- what is on the learner during a fit --------------------------------------------------------------------------
 
     def _attach(self, learn: Learner) -> None:
+        self._guard = Guard(learn, partial(self._break_off, learn))
         learn.add_cb(Announcer(self, self.say_epoch, self.say_end))
         if self.metric:
             learn.metrics = [*learn.metrics, SparsityMetric(self.sparsity_now)]
 
+    def _break_off(self, learn: Learner) -> None:
+        """Leaves the masks of the last step, and nothing else of this fit."""
+        if sys.exc_info()[0] in _CANCELS:  # fastai goes on, and calls the events that follow
+            return
+        self._hold(learn)
+        self._is_fitting = False
+        self._clean_up(learn)
+
     def _clean_up(self, learn: Learner) -> None:
+        if self._guard is not None:
+            self._guard.leave()
+            self._guard = None
         learn.metrics = learn.metrics.filter(lambda m: getattr(m, "_count", None) != self.sparsity_now)
         learn.remove_cbs([c for c in learn.cbs if getattr(c, "owner", None) is self])
 

@@ -12,6 +12,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner, Metric, ValueMetric
 from torch import nn
 
+from gossamer.integrations.fastai.guard import Guard
 from gossamer.targets import unwrapped
 from gossamer.training import SparseTraining
 
@@ -30,7 +31,8 @@ class Traceless(Callback):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            # The copy is not in a fit.
+            twin.__dict__[name] = None if isinstance(value, Guard) else copy.deepcopy(value, memo)
         return twin
 
 
@@ -118,6 +120,7 @@ class KeepSparse(Traceless):
         self.sparse, self._silent = run, not verbose
         self._without: set[str] = set()
         self._idle = False
+        self._guard: Guard | None = None
 
     def before_fit(self) -> None:
         """Applies the masks to what may have been loaded in between, and says once that they hold."""
@@ -128,6 +131,9 @@ class KeepSparse(Traceless):
         if self._idle:
             return
         self._hold(learn)
+        if self._guard is not None:
+            self._guard.leave()
+        self._guard = Guard(learn, partial(self._hold, learn))
         if not self._silent and not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
             masks = self.sparse.sparsifier.masks
             names = [name for name in masks if name not in self._without]
@@ -137,6 +143,12 @@ class KeepSparse(Traceless):
                 "learn.keep_sparse.release() would let them grow"
             )
             self._silent = True
+
+    def after_fit(self) -> None:
+        """The fit has come to its end."""
+        if self._guard is not None and not cast(Learner, self.learn).lock.locked():
+            self._guard.leave()
+            self._guard = None
 
     def after_step(self) -> None:
         """Zeroes what is masked."""
@@ -177,6 +189,9 @@ class KeepSparse(Traceless):
 
     def leave(self) -> None:
         """Leaves the learner."""
+        if self._guard is not None:
+            self._guard.leave()
+            self._guard = None
         if self.learn is not None:
             cast(Learner, self.learn).remove_cb(self)
 
