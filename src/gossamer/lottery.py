@@ -29,8 +29,8 @@ from gossamer.search_record import Record, Saved, settings_of
 from gossamer.sparsifier import Sparsifier
 from gossamer.targets import LayerTypes
 from gossamer.tickets import Ticket, ticket_of
-from gossamer.trials import TicketRun, copy_of, put_masks, put_weights, random_mask, reinitialised
-from gossamer.weights import check_weights
+from gossamer.trials import TicketRun, put_masks, random_mask, reinitialised
+from gossamer.weights import check_weights, copy_of, put_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from gossamer.sparsifier import Sparsifier
 from gossamer.storage.tensors import load_tensors, save_tensors
 from gossamer.targets import unwrapped
 from gossamer.training import SparseTraining, forget
-from gossamer.weights import check_weights, load_weights, tensors_of
+from gossamer.weights import check_weights, copy_of, load_weights, put_weights, tensors_of
 
 _FORMAT, _VERSION = "gossamer-ticket", 1
 
@@ -278,7 +278,7 @@ class Lottery:
             epoch: the epoch that starts now.
         """
         self.epoch = epoch
-        self._weights = {n: t.detach().clone() for n, t in tensors_of(self.run.sparsifier.model).items()}
+        self._weights = copy_of(self.run.sparsifier.model)
 
     def rewind(self) -> None:
         """Takes the whole network back to the snapshot: weights, biases, normalisation and its running statistics.
@@ -291,9 +291,7 @@ class Lottery:
         self._need_snapshot()
         self._is_due = False
         model = self.run.sparsifier.model
-        with torch.no_grad():
-            for name, tensor in tensors_of(model).items():
-                tensor.copy_(self._weights[name])
+        put_weights(model, self._weights)
         forget(self.run.optimizer, model.parameters())
         self.run.hold()
 

@@ -18,7 +18,7 @@ from gossamer.search_rates import unit_shape
 from gossamer.sparsifier import Sparsifier
 from gossamer.tickets import Ticket, ticket_of
 from gossamer.training import HasState, optimizer_tensors
-from gossamer.weights import check_weights
+from gossamer.weights import check_weights, copy_of, put_weights
 
 
 class TicketRun:
@@ -152,29 +152,6 @@ def random_mask(sparsifier: Sparsifier, ticket: Ticket, dense: Mapping[str, Tens
         units[torch.randperm(n_units, generator=generator)[:masked]] = False
         masks[target.name] = expand(units.reshape(cut), target.view).reshape(mask.shape)
     return _with_masks(sparsifier, dense, masks, ticket.epoch)
-
-
-def copy_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the tensors in a network's state_dict.
-
-    Example:
-        >>> sorted(copy_of(nn.Linear(2, 2)))
-        ['bias', 'weight']
-    """
-    return {n: t.detach().clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
-
-
-def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Writes a state_dict of the same network into it, in place.
-
-    Example:
-        >>> net = nn.Linear(1, 1, bias=False); put_weights(net, {"weight": torch.tensor([[2.0]])}); net.weight.item()
-        2.0
-    """
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if isinstance(tensor, Tensor):
-                tensor.copy_(weights[name])
 
 
 def put_masks(sparsifier: Sparsifier, masks: Mapping[str, Tensor]) -> None:

@@ -37,10 +37,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], what: str) -> Non
     state = model.state_dict()
     check_weights(state, weights, what)
     extra = {n: weights[n] for n, value in state.items() if not isinstance(value, Tensor) and n in weights}
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if isinstance(tensor, Tensor):
-                tensor.copy_(weights[name])
+    put_weights(model, weights)
     if extra:  # what a module keeps through get_extra_state
         model.load_state_dict(extra, strict=False)
 
@@ -82,3 +79,25 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         ['bias', 'weight']
     """
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def copy_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the tensors in a network's state_dict.
+
+    Example:
+        >>> sorted(copy_of(nn.Linear(2, 2)))
+        ['bias', 'weight']
+    """
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Writes a state_dict of the same network into it, in place.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False); put_weights(net, {"weight": torch.tensor([[2.0]])}); net.weight.item()
+        2.0
+    """
+    with torch.no_grad():
+        for name, tensor in tensors_of(model).items():
+            tensor.copy_(weights[name])

@@ -282,9 +282,8 @@ class SparsifyCallback(Traceless):
             return
         learn = self._learner()
         self.sparse.optimizer = learn.opt  # learn.export in the middle of a fit makes a new one
-        if self._hold_only or (
-            self.lth and not self.schedule.stepwise
-        ):  # where a round is an epoch, masks move at its end
+        a_round_is_an_epoch = self.lth and not self.schedule.stepwise  # then masks move at its end
+        if self._hold_only or a_round_is_an_epoch:
             self.sparse.hold()
             return
         self._move(self.span.position(self.epoch_now, self._batch, self._batches))
@@ -298,14 +297,7 @@ class SparsifyCallback(Traceless):
         """Zeroes what is masked, in case the optimizer had stepped already."""
         self._hold(self._learner())
 
-    def after_cancel_epoch(self) -> None:
-        """Zeroes what is masked, in case the optimizer had stepped already."""
-        self._hold(self._learner())
-
-    def after_cancel_fit(self) -> None:
-        """Zeroes what is masked, in case the optimizer had stepped already."""
-        if not self._only_validates:
-            self._hold(self._learner())
+    after_cancel_epoch = after_cancel_fit = after_cancel_batch
 
     def after_train(self) -> None:
         """Makes sure that the masks stand at the epoch's end, also where its last batch made no step."""
@@ -320,11 +312,6 @@ class SparsifyCallback(Traceless):
         self.history.append({"epoch": self.span.done + epoch, "position": position, "sparsity": sparsity})
         average = "avg=" if isinstance(self.sparsity, dict) else ""
         self._line = f"Sparsity at the end of epoch {epoch}: {average}{sparsity:.2f}%"
-
-    def _hold(self, learn: Learner) -> None:
-        if self.sparse is not None:
-            self.sparse.optimizer = learn.opt
-            self.sparse.hold()
 
     def after_fit(self) -> None:
         """Puts the saved weights back where the supermask network was asked for."""
@@ -505,6 +492,11 @@ class SparsifyCallback(Traceless):
         self.history, self.tickets, self._said, self._lottery = [], [], set(), None
         if self.lth or self.reset_end or self.save_tickets:
             self._lottery = Lottery(self.sparse, self.rewind_epoch)
+
+    def _hold(self, learn: Learner) -> None:
+        if self.sparse is not None:
+            self.sparse.optimizer = learn.opt
+            self.sparse.hold()
 
     def _move(self, position: float) -> None:
         lottery, run = self._lottery, self._run()

@@ -155,21 +155,8 @@ class KeepSparse(Traceless):
         if not self._idle:
             self._hold(cast(Learner, self.learn))
 
-    def after_cancel_batch(self) -> None:
-        """Zeroes what is masked, in case the optimizer had stepped already."""
-        self.after_step()
-
-    def after_cancel_train(self) -> None:
-        """Zeroes what is masked, in case the optimizer had stepped already."""
-        self.after_step()
-
-    def after_cancel_epoch(self) -> None:
-        """Zeroes what is masked, in case the optimizer had stepped already."""
-        self.after_step()
-
-    def after_cancel_fit(self) -> None:
-        """Zeroes what is masked, in case the optimizer had stepped already."""
-        self.after_step()
+    # The optimizer may have stepped already when another callback cancels.
+    after_cancel_batch = after_cancel_train = after_cancel_epoch = after_cancel_fit = after_step
 
     def release(self) -> None:
         """Lets go of the masks, and leaves the learner."""
