@@ -260,6 +260,37 @@ def test_a_second_round_goes_on_from_the_first_and_never_back():
         assert [r.zeros for r in run.report().rows] == [36, 640]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_another_round_keeps_the_zeros_that_came_in_between(context: str, keep: bool):
+    model, optimizer, _ = start(steps=4)
+    run = SparseTraining(Sparsifier(model, context=context), optimizer, 80, "lin", 4, keep_zeros=keep)
+    run.step()
+    masks = {n: m.clone() for n, m in run.sparsifier.masks.items()}
+    Sparsifier(model, context=context).sparsify_model(50)
+    was = {t.name: t.weight.detach() == 0 for t in run.sparsifier.targets}
+    total = sum(int(z.sum()) for z in was.values())
+    run.restart()
+    assert run.zeros_kept == (total if keep else 0)
+    for step in range(4):
+        train_step(model, optimizer, step)
+        run.step()
+        # What the run had masked stays masked either way.
+        assert all(bool((m | ~run.sparsifier.masks[n]).all()) for n, m in masks.items())
+        regrown = sum(int(t.weight[was[t.name]].count_nonzero()) for t in run.sparsifier.targets)
+        assert regrown == 0 if keep else step > 0 or regrown > 0
+    assert run.sparsifier.report().sparsity == pytest.approx(80, abs=1)
+
+
+def test_a_stray_zero_or_two_are_not_kept_by_another_round():
+    model, _, run = start(schedule="lin", steps=2)
+    run.step()
+    with torch.no_grad():
+        model[4].weight.view(-1)[run.sparsifier.masks["4"].view(-1).nonzero()[0]] = 0
+    run.restart()
+    assert run.zeros_kept == 0
+
+
 def test_release_ends_the_masking():
     model, _, run = start(schedule="lin", steps=2)
     run.step()

@@ -19,48 +19,53 @@ from gossamer.rules.granularity import expand
 def keep_zeros(
     layers: Layers, context: Context, granularity: str, fractions: Mapping[str, Fraction], round_to: int | None = None
 ) -> int:
-    """Masks the units that are zero already.
+    """Masks the units that are zero already, beside those that are masked.
 
     A layer that is zero throughout, as some are when they are made, is not taken for a sparse one, unless it is a unit.
+    Where masks are in place already, a stray zero or two that they do not mask are left alone.
 
     Args:
-        layers: whose masks are all True yet.
+        layers: whose masks grow.
         context: which units will compete.
         granularity: its name, for the messages.
         fractions: what the layers are to reach.
         round_to: as in `Mover.move`.
 
     Returns:
-        How many weights that is.
+        How many weights the layers have masked in which any were found; 0 where there are none.
 
     Raises:
         ArgumentError: a target lies below what is there, or the zeros do not fit the granularity or an N:M pattern.
     """
     found: dict[str, tuple[Tensor, int]] = {}
+    before = {name: layer.n_units - int(torch.count_nonzero(layers.units(layer))) for name, layer in layers.items()}
     for name, layer in layers.items():
         weight = layer.target.weight.detach()
-        zeros = weight.numel() - int(torch.count_nonzero(weight))
-        if not zeros or (zeros == weight.numel() and layer.n_units > 1):
+        alive = (weight != 0) & layers.masks.on(name, weight.device)
+        zeros = weight.numel() - int(torch.count_nonzero(alive))
+        more = zeros - before[name] * (weight.numel() // layer.n_units)
+        if _is_stray(more, weight.numel()) if before[name] else not more:
             continue
-        kept = (weight != 0).contiguous().view(layer.target.view)
+        if not torch.count_nonzero(weight) and layer.n_units > 1:
+            continue
+        kept = alive.contiguous().view(layer.target.view)
         kept = kept.amax(layer.dims, keepdim=True) if layer.dims else kept
         masked = layer.n_units - int(torch.count_nonzero(kept))
         inside = zeros - masked * (weight.numel() // layer.n_units)
-        if inside * 1000 > weight.numel():  # a stray zero or two make no sparse network
+        if not _is_stray(inside, weight.numel()):
             raise ArgumentError(
                 f"layer {name!r} has {inside} zeros inside units of granularity {granularity!r} that are "
                 "not zero as a whole, and training would let them grow back; say keep_zeros=False, or use the "
                 "granularity that they were made with"
             )
-        if masked:
+        if masked > before[name]:
             found[name] = kept, masked
     sizes = {name: (masked, layers[name].n_units) for name, (_, masked) in found.items()}
     if context.kind == "global":
         units = sum(layer.n_units for layer in layers.values())
         fraction = max(fractions.values())
-        if _over(
-            {"": (sum(masked for masked, _ in sizes.values()), units)}, {"": count(fraction, units)}, {"": fraction}
-        ):
+        masked = sum({**before, **{name: n for name, (n, _) in sizes.items()}}.values())
+        if found and _over({"": (masked, units)}, {"": count(fraction, units)}, {"": fraction}):
             found = {}
     else:
         goals = {
@@ -81,12 +86,17 @@ def keep_zeros(
     return sum(layers.masks.masked(name) for name in found)
 
 
+def _is_stray(zeros: int, size: int) -> bool:
+    """Whether so few zeros make no sparse network."""
+    return zeros * 1000 <= size
+
+
 def _over(
     zeros: Mapping[str, tuple[int, int]], goals: Mapping[str, int], fractions: Mapping[str, Fraction]
 ) -> list[str]:
     """Layers with a stray zero or two above their goal, which may grow; an error where there are more than that."""
     over = {name: 100 * zeros[name][0] / zeros[name][1] for name, goal in goals.items() if zeros[name][0] > goal}
-    many = {name: percent for name, percent in over.items() if zeros[name][0] * 1000 > zeros[name][1]}
+    many = {name: percent for name, percent in over.items() if not _is_stray(zeros[name][0], zeros[name][1])}
     if many:
         worst = max(many, key=lambda name: many[name])
         where = f"layer {worst!r}" if worst else "the network"

@@ -216,7 +216,7 @@ class Sparsifier:
             )
 
     def keep_zeros(self, fractions: Mapping[str, Fraction], round_to: int | None = None) -> int:
-        """Masks the units that are zero already, so that they stay zero, whatever is asked for from now on.
+        """Masks the units that are zero already, beside those that are masked: they stay zero, whatever is asked for.
 
         A layer that is zero throughout, as some are when they are made, is not taken for a sparse one.
 
@@ -225,7 +225,7 @@ class Sparsifier:
             round_to: as in `sparsify_model`.
 
         Returns:
-            How many weights that is.
+            How many weights the layers have masked in which any were found.
 
         Raises:
             ArgumentError: a target lies below what is there, or the zeros do not fit the granularity or an N:M pattern.
@@ -237,7 +237,10 @@ class Sparsifier:
             >>> sparsifier.keep_zeros(sparsifier.resolve(75))
             2
         """
-        return keep_zeros(self._layers, self.context, self.granularity.name, fractions, round_to)
+        n = keep_zeros(self._layers, self.context, self.granularity.name, fractions, round_to)
+        if n:
+            self._mover.forget()
+        return n
 
     def move(
         self, fractions: Mapping[str, Fraction], round_to: int | None = None, state_of: StateOf = lambda _: ()

@@ -71,7 +71,8 @@ class SparseTraining:
         total_steps: how many optimizer steps the run has; needed where `step` is called without a position.
         round_to: round the units that a layer keeps to the nearest multiple of this.
         keep_zeros: whether units that are zero already, as in a network that was made sparse before, stay zero from
-            the first step on. A layer that is zero throughout is not taken for a sparse one.
+            the first step on; `restart` looks for more of them. A layer that is zero throughout is not taken for a
+            sparse one.
 
     Raises:
         ArgumentError: an argument that cannot be used, or a target below the zeros that are there.
@@ -109,6 +110,7 @@ class SparseTraining:
         sparsifier.check_weights()
         self.round_to = round_to
         self.total_steps = self._made_for = _checked_steps(total_steps)
+        self.keep_zeros, self._released = keep_zeros, False
         self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to) if keep_zeros else 0
         self.steps_done = 0
         self.progress = 0.0
@@ -183,12 +185,25 @@ class SparseTraining:
             total_steps: of the new round; by default as many as before.
 
         Raises:
-            ArgumentError: no positive number of steps.
+            ArgumentError: no positive number of steps, or a target below the zeros that are there.
         """
         total_steps = _checked_steps(total_steps)
+        self.keep_new_zeros()
         self._floor = self.progress
         self.steps_done = 0
         self.total_steps = total_steps if total_steps is not None else self.total_steps
+
+    def keep_new_zeros(self) -> None:
+        """Masks zeros beside the masks too, as in a sparser network that was loaded since; `restart` does it.
+
+        A run that was made with keep_zeros=False does not, nor one that was released since it last started.
+
+        Raises:
+            ArgumentError: a target below the zeros that are there.
+        """
+        if self.keep_zeros and not self._released:
+            self.zeros_kept = self.sparsifier.keep_zeros(self.targets, self.round_to) or self.zeros_kept
+        self._released = False
 
     @property
     def at_target(self) -> bool:
@@ -199,6 +214,7 @@ class SparseTraining:
         """Lets go of the masks: from now on every weight may grow again."""
         self.sparsifier.release()
         self.progress = self._floor = 0.0
+        self.zeros_kept, self._released = 0, True
 
     def report(self) -> SparsityReport:
         """What is sparse now, counted from the weights."""

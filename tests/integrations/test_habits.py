@@ -655,6 +655,77 @@ def test_a_sparse_checkpoint_in_a_new_learner_keeps_its_zeros_and_says_so(
     assert zeros(learn.model) == [58, 922, 2304]
 
 
+def _load_sparser(learn: Learner, percent: float, path: Path) -> None:
+    """By hand, between two fits: the same network, made sparser elsewhere."""
+    other = small(path)
+    other.model.load_state_dict(learn.model.state_dict())
+    quiet(other, 1, SparsifyCallback(percent, schedule=lin, verbose=False))
+    learn.model.load_state_dict(other.model.state_dict())
+
+
+def test_the_same_callback_keeps_the_zeros_of_a_sparser_network_that_was_loaded_since(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn, callback = small(), SparsifyCallback(80, schedule=lin, total_epochs=8)
+    quiet(learn, 2, callback)  # 20 %
+    _load_sparser(learn, 50, tmp_path)
+    assert zeros(learn.model) == HALF
+    was = {n: getattr(learn.model, n).weight.detach() == 0 for n in LAYERS}
+    quiet(learn, 2, callback)  # the schedule goes on to 40 %: neither does it go back, nor do zeros grow
+    assert zeros(learn.model) == HALF
+    quiet(learn, 4, callback)
+    assert zeros(learn.model) == [58, 922, 2304]
+    assert not any(bool(getattr(learn.model, n).weight[z].any()) for n, z in was.items())
+    assert capsys.readouterr().out.count("Keeping the 2,052 zeros that are there (50.00%)") == 1
+
+
+def test_the_same_callback_refuses_a_loaded_network_that_is_sparser_than_its_target(tmp_path: Path) -> None:
+    learn, callback = small(), half()
+    quiet(learn, 2, callback)
+    _load_sparser(learn, 70, tmp_path)
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(ArgumentError, match=r"70\.\d\d % zeros.*target of 50 %.*70\.\d\d.*keep_zeros=False"):
+        quiet(learn, 1, callback)
+    assert same(learn.model.state_dict(), before)
+
+
+def test_what_was_released_is_not_taken_for_zeros_to_keep() -> None:
+    learn, callback = small(), half(schedule=lin)
+    quiet(learn, 2, callback)
+    callback.release()
+    masked: list[int] = []
+    quiet(learn, 1, callback, Watch(lambda _: masked.append(callback.sparse.sparsifier.masks.masked("conv3"))))
+    assert masked == [360, 720, 1080, HALF[2]]
+    assert zeros(learn.model) == HALF
+
+
+def test_two_keepers_let_go_together_and_the_name_stays_with_the_one_that_is_left() -> None:
+    learn = small()
+    first, second = (
+        SparsifyCallback(50, layer_type=kind, schedule=lin, verbose=False) for kind in (nn.Conv2d, nn.Linear)
+    )
+    quiet(learn, 1, first, second)
+    assert len([cb for cb in learn.cbs if isinstance(cb, KeepSparse)]) == 2
+    second.release()
+    assert learn.keep_sparse.sparse is first.sparse
+    quiet(learn, 1, second)
+    learn.keep_sparse.release()
+    assert not hasattr(learn, "keep_sparse")
+    quiet(learn, 1)
+    assert sum(zeros(learn.model)) < 1000
+    assert plain.zeros(learn.model.head.weight) < 50
+
+
+def test_a_model_around_the_same_layers_keeps_their_zeros() -> None:
+    learn, callback = small(), half()
+    quiet(learn, 2, callback)
+    learn.model = nn.Sequential(*[getattr(learn.model, n) for n in LAYERS], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learn.create_opt()
+    counts: list[list[int]] = []
+    quiet(learn, 1, Watch(lambda learn: counts.append([plain.zeros(learn.model[i].weight) for i in range(3)])))
+    assert counts == [HALF] * 4
+
+
 def test_a_learner_with_another_model_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     learn, callback = small(), half()
     quiet(learn, 2, callback)

@@ -294,3 +294,24 @@ def test_a_mangled_file_is_loaded_or_refused_and_nothing_else_happens(mangle: An
         assert sum(t.untyped_storage().nbytes() for t in loaded.values()) <= len(mangled)
         assert all(isinstance(text, str) for pair in metadata.items() for text in pair)
     assert refused > 0
+
+
+def test_what_a_killed_writer_left_is_cleared_away_but_not_what_another_is_writing(tmp_path: Path) -> None:
+    old, fresh, foreign = (tmp_path / name for name in (".a.bin.x1.tmp", ".a.bin.x2.tmp", ".b.bin.x1.tmp"))
+    for path in (old, fresh, foreign):
+        path.write_bytes(b"half")
+    for path in (old, foreign):
+        os.utime(path, (0, 0))
+    write_whole(tmp_path / "a.bin", b"whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [fresh.name, foreign.name, "a.bin"]
+
+
+def test_a_link_stays_a_link_and_what_it_points_to_is_written(tmp_path: Path) -> None:
+    target, link = tmp_path / "deep" / "real.bin", tmp_path / "link.bin"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert [p.name for p in target.parent.iterdir()] == ["real.bin"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gossamer.errors import ArgumentError, FileError
+
+_FORGOTTEN = 3600  # seconds after which a temporary file is nobody's; writing takes far less
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -30,8 +34,12 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
         b'abc'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    whole = Path(os.path.realpath(path))  # else a link would be replaced, and what it points to stay old
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    for left in whole.parent.glob(f".{glob.escape(whole.name)}.*.tmp"):  # by a writer that was killed
+        if _age(left) > _FORGOTTEN:
+            left.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=whole.parent, prefix=f".{whole.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -40,11 +48,18 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode would lock everybody else out
-        os.replace(temporary, path)
+        os.replace(temporary, whole)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:  # another writer has just renamed it
+        return 0.0
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

@@ -235,7 +235,9 @@ class SparsifyCallback(Traceless):
         self.sparse.optimizer = learn.opt
         if self._lottery is not None:
             self._lottery.check(self.span.total)
-        if not goes_on:
+        if goes_on:
+            self.sparse.keep_new_zeros()
+        else:
             self.sparse.restart()
             self.history = []
         self._line = ""

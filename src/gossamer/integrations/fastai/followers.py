@@ -13,7 +13,6 @@ from fastai.learner import Learner, Metric, ValueMetric
 from torch import nn
 
 from gossamer.integrations.fastai.guard import Guard
-from gossamer.targets import unwrapped
 from gossamer.training import SparseTraining
 
 
@@ -159,9 +158,10 @@ class KeepSparse(Traceless):
     after_cancel_batch = after_cancel_train = after_cancel_epoch = after_cancel_fit = after_step
 
     def release(self) -> None:
-        """Lets go of the masks, and leaves the learner."""
-        self.sparse.release()
-        self.leave()
+        """Lets go of the masks, its own and those of every other keeper on the learner, and leaves it."""
+        for keeper in [self] if self.learn is None else _keepers(cast(Learner, self.learn)):
+            keeper.sparse.release()
+            keeper.leave()
 
     def give_up(self, weights: Collection[int]) -> None:
         """Leaves layers to another callback, and the learner if none is left.
@@ -179,8 +179,12 @@ class KeepSparse(Traceless):
         if self._guard is not None:
             self._guard.leave()
             self._guard = None
-        if self.learn is not None:
-            cast(Learner, self.learn).remove_cb(self)
+        if self.learn is None:
+            return
+        learn = cast(Learner, self.learn)
+        learn.remove_cb(self)
+        for keeper in _keepers(learn)[-1:]:  # fastai took the name off the learner, and another keeper needs it
+            setattr(learn, keeper.name, keeper)
 
     def _hold(self, learn: Learner) -> None:
         self.sparse.optimizer = learn.opt
@@ -190,5 +194,9 @@ class KeepSparse(Traceless):
         """Whether the callback itself sees to the masks, or the learner has another network now."""
         if any(is_sparsifier(cb) and cb.sparse is self.sparse for cb in learn.cbs):
             return True
-        inside = unwrapped(cast(nn.Module, learn.model)).modules()
-        return not any(m is self.sparse.sparsifier.model for m in inside)
+        inside = {id(p) for p in cast(nn.Module, learn.model).parameters()}
+        return not any(id(t.weight) in inside for t in self.sparse.sparsifier.targets)
+
+
+def _keepers(learn: Learner) -> list[KeepSparse]:
+    return [cb for cb in learn.cbs if isinstance(cb, KeepSparse)]
