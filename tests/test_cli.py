@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -92,3 +93,13 @@ def test_targets_spread_around_the_sparsity() -> None:
     assert list(layer_targets(50).values()) == [30, 50, 70, 80]
     assert list(layer_targets(95).values()) == [75, 95, 99, 99]
     assert list(layer_targets(0).values()) == [0, 0, 20, 30]
+
+
+def test_size_prints_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = gossamer.save({"w": torch.eye(64)}, tmp_path / "w.safetensors")
+    assert main(["size", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[:4] == ["w", "64×64", "gaps", "98.44%"]
+    assert main(["size", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"][0]["zeros"] == 4032
+    assert main(["size", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.startswith("gossamer: there is no file")

@@ -22,6 +22,11 @@ from gossamer.rules.granularity import Granularity as Granularity
 from gossamer.rules.schedules import SCHEDULES as SCHEDULES
 from gossamer.rules.schedules import Schedule as Schedule
 from gossamer.sparsifier import Sparsifier as Sparsifier
+from gossamer.storage.files import FileContents as FileContents
+from gossamer.storage.files import StoredTensor as StoredTensor
+from gossamer.storage.files import contents as contents
+from gossamer.storage.files import load as load
+from gossamer.storage.files import save as save
 from gossamer.storage.states import load_state as load_state
 from gossamer.storage.states import save_state as save_state
 from gossamer.training import SparseTraining as SparseTraining

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import gossamer
 from gossamer.errors import GossamerError
+from gossamer.storage.files import contents
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +41,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--sparsity", type=_number, default=50, help="percent of the weights to set to zero (default 50)")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
     demo.add_argument("--out", default="demo-output", metavar="FOLDER", help="where results go (default demo-output)")
+    size = commands.add_parser(
+        "size",
+        help="what a file holds, tensor by tensor, and what each of them saves",
+        description="Reads a file that gossamer.save wrote, or any other safetensors file, and prints a row for each "
+        "tensor: how it is stored, how much of it is zero, and its bytes in memory and in the file.",
+    )
+    size.add_argument("file", metavar="FILE", help="such as model.safetensors")
+    size.add_argument("--json", action="store_true", help="as JSON")
     return top
 
 
@@ -66,13 +77,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A stranger's first lines should not be a dependency's own deprecations.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     try:
-        from gossamer.demo import run_demo  # brings fastai, which --help and --version need not wait for
-
-        run_demo(data=given.data, epochs=given.epochs, sparsity=given.sparsity, seed=given.seed, out=given.out)
+        _COMMANDS[given.command](given)
+        sys.stdout.flush()
     except (GossamerError, ImportError) as error:
         print(f"gossamer: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `gossamer size FILE | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from gossamer.demo import run_demo  # brings fastai, which --help and --version need not wait for
+
+    run_demo(data=given.data, epochs=given.epochs, sparsity=given.sparsity, seed=given.seed, out=given.out)
+
+
+def _size(given: argparse.Namespace) -> None:
+    found = contents(given.file)
+    print(found.to_json() if given.json else found)
+
+
+_COMMANDS = MappingProxyType({"demo": _demo, "size": _size})
 
 
 if __name__ == "__main__":
