@@ -488,3 +488,18 @@ def test_a_network_that_is_sparse_already_is_refused():
         net.weight[:, :10] = 0
     with pytest.raises(ArgumentError, match=r"50.00 % zeros already"):
         find_ticket(net, lambda model, run: 0.0, progress=False)
+
+
+def test_a_round_that_diverges_is_not_kept_and_the_search_goes_on_once_it_is_mended(tmp_path: Path) -> None:
+    trainer = Trainer()
+
+    def diverges(model: nn.Module, run: TicketRun) -> float:
+        score = trainer(model, run)
+        if run.round == 2:
+            with torch.no_grad():
+                model[0].weight[0, 0] = math.nan
+        return score
+
+    with pytest.raises(TargetError, match=r"nan or infinite weights in '0\.weight' in round 2, which is not kept"):
+        search_of(diverges, folder=tmp_path)
+    assert search_of(Trainer(), folder=tmp_path).rows == search_of(Trainer()).rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -566,3 +567,114 @@ def test_a_criterion_of_change_warns_once_where_nothing_has_changed():
         run.step()
     run.step()
     assert run.report().zeros > 0
+
+
+# -- broken off inside a step ------------------------------------------------------------------------------------------
+
+
+class AtLine:
+    """Raises what Ctrl-C does at the nth line that runs in the files that move masks."""
+
+    FILES = ("moving.py", "layers.py", "masks.py", "training.py")
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self, frame, event, _):
+        if not frame.f_code.co_filename.endswith(self.FILES) or "gossamer" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize(
+    ("granularity", "context", "schedule"),
+    [
+        ("weight", "local", "one_shot"),
+        ("weight", "global", "one_shot"),
+        ("filter", "local", "lin"),
+        ("weight", "2:4", "lin"),
+    ],
+)
+def test_a_move_that_is_broken_off_anywhere_leaves_zeros_and_a_run_that_reaches_its_target(
+    granularity: str, context: str, schedule: str
+) -> None:
+    n, whole = 0, False
+    while not whole:
+        n += 3
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        rules = Sparsifier(model, granularity, context, layer_type=nn.Linear)
+        run = SparseTraining(rules, optimizer, 50, schedule, total_steps=2)
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        sys.settrace(AtLine(n))
+        try:
+            run.move_to(1.0)
+            whole = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert whole or not run.at_target or run.report().sparsity == 50
+        for parameter, mask in rules.masked_parameters():
+            assert not parameter.detach()[~mask].any(), n
+            assert not optimizer.state[parameter]["momentum_buffer"][~mask].any(), n
+        run.restart()
+        run.step()
+        run.step()
+        assert run.at_target
+        assert [rules.masks.masked(t.name) for t in rules.targets] == [96, 96] or context == "global", n
+        assert run.report().zeros == 192, n
+    assert n > 60
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_a_move_that_fails_for_nan_can_be_made_once_the_weights_are_good(context: str) -> None:
+    model, optimizer, _ = start()
+    good = copy.deepcopy(model.state_dict())
+    run = SparseTraining(Sparsifier(model, context=context, layer_type=nn.Linear), optimizer, 50, "one_shot", 2)
+    with torch.no_grad():
+        model[4].weight.fill_(math.nan)
+    with pytest.raises(TargetError, match="nan"):
+        run.move_to(1.0)
+    assert not run.at_target
+    model.load_state_dict(good)
+    run.move_to(1.0)
+    assert run.report().sparsity == 50
+
+
+def test_a_run_that_was_released_is_saved_as_one() -> None:
+    model, _, run = start(schedule="lin", steps=1)
+    run.step()
+    run.release()
+    rules = Sparsifier(model, layer_type=(nn.Conv2d, nn.Linear))
+    again = SparseTraining(rules, None, 50, "lin", 1, keep_zeros=False)
+    again.keep_zeros = True
+    again.load_state_dict(run.state_dict())
+    for one in (run, again):
+        one.restart()
+        assert one.zeros_kept == 0
+        assert all(bool(mask.all()) for mask in one.sparsifier.masks.values())
+
+
+def test_zeros_that_were_loaded_after_a_release_are_kept() -> None:
+    model, _, run = start(schedule="lin", steps=1)
+    run.step()
+    run.release()
+    model.load_state_dict(network().state_dict())
+    Sparsifier(model, criteria="small_final").sparsify_model(40)
+    run.restart()
+    assert run.zeros_kept == run.report().zeros > 0
+
+
+def test_what_a_schedule_lets_go_is_not_taken_for_zeros_to_keep() -> None:
+    _, _, run = start(schedule=lambda p: 1 - abs(2 * p - 1), steps=4)
+    for _ in range(3):
+        run.step()
+    run.restart()
+    assert run.zeros_kept == 0

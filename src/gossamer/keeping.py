@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 import torch
@@ -14,6 +14,7 @@ from gossamer.layers import Layer, Layers
 from gossamer.moving import rounded
 from gossamer.rules.allocation import Context, count
 from gossamer.rules.granularity import expand
+from gossamer.targets import Target
 
 
 def keep_zeros(
@@ -65,7 +66,7 @@ def keep_zeros(
         units = sum(layer.n_units for layer in layers.values())
         fraction = max(fractions.values())
         masked = sum({**before, **{name: n for name, (n, _) in sizes.items()}}.values())
-        if found and _over({"": (masked, units)}, {"": count(fraction, units)}, {"": fraction}):
+        if found and _over({"": (masked, units)}, {"": count(fraction, units)}, {"": fraction}, any(before.values())):
             found = {}
     else:
         goals = {
@@ -73,7 +74,7 @@ def keep_zeros(
             for name, f in fractions.items()
             if name in sizes
         }
-        for name in _over(sizes, goals, fractions):
+        for name in _over(sizes, goals, fractions, any(before.values())):
             del found[name]
     if context.m:
         for name, (kept, _) in found.items():
@@ -86,13 +87,35 @@ def keep_zeros(
     return sum(layers.masks.masked(name) for name in found)
 
 
+def has_zeros_beside(targets: Iterable[Target], *masks: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has zeros, more than a stray one or two, where all masks keep.
+
+    Args:
+        targets: the layers.
+        masks: layer name → bool, True = kept.
+
+    Example:
+        >>> from gossamer.targets import find_targets
+        >>> layer = torch.nn.Linear(2, 1); _ = torch.nn.init.zeros_(layer.weight)
+        >>> has_zeros_beside(find_targets(layer, torch.nn.Linear), {"": torch.tensor([[True, False]])})
+        True
+    """
+    for target in targets:
+        zeros = target.weight.detach() == 0
+        for several in masks:
+            zeros &= several[target.name].to(zeros.device)
+        if not _is_stray(int(zeros.sum()), zeros.numel()):
+            return True
+    return False
+
+
 def _is_stray(zeros: int, size: int) -> bool:
     """Whether so few zeros make no sparse network."""
     return zeros * 1000 <= size
 
 
 def _over(
-    zeros: Mapping[str, tuple[int, int]], goals: Mapping[str, int], fractions: Mapping[str, Fraction]
+    zeros: Mapping[str, tuple[int, int]], goals: Mapping[str, int], fractions: Mapping[str, Fraction], are_masked: bool
 ) -> list[str]:
     """Layers with a stray zero or two above their goal, which may grow; an error where there are more than that."""
     over = {name: 100 * zeros[name][0] / zeros[name][1] for name, goal in goals.items() if zeros[name][0] > goal}
@@ -100,9 +123,12 @@ def _over(
     if many:
         worst = max(many, key=lambda name: many[name])
         where = f"layer {worst!r}" if worst else "the network"
+        among = " together with what this run masks" if are_masked else ""
+        other = "; a network that was loaded wants a new callback, or run" if are_masked else ""
         raise ArgumentError(
-            f"{where} has {many[worst]:.2f} % zeros already, and a target of {float(100 * fractions[worst]):g} % would "
-            f"let some grow back; ask for at least {math.ceil(100 * many[worst]) / 100:.2f}, or say keep_zeros=False"
+            f"{where} has {many[worst]:.2f} % zeros already{among}, and a target of "
+            f"{float(100 * fractions[worst]):g} % would let some grow back; ask for at least "
+            f"{math.ceil(100 * many[worst]) / 100:.2f}, or say keep_zeros=False{other}"
         )
     return list(over)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError, StateError, closest
+from gossamer.errors import ArgumentError, StateError, TargetError, closest
 from gossamer.masks import unpack
 from gossamer.plots import plot_lottery
 from gossamer.rules.allocation import Context, as_context
@@ -30,7 +30,7 @@ from gossamer.sparsifier import Sparsifier
 from gossamer.targets import LayerTypes
 from gossamer.tickets import Ticket, ticket_of
 from gossamer.trials import TicketRun, put_masks, random_mask, reinitialised
-from gossamer.weights import check_weights, copy_of, put_weights
+from gossamer.weights import check_weights, copy_of, not_finite, put_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -378,6 +378,7 @@ class TicketSearch:
             run = TicketRun(self._sparsifier, after_step=self._keep)
         began = run.steps_done
         score = self._score(run)
+        self._check_finite(round)
         if not round and self.rewind_step >= run.steps_done:
             raise ArgumentError(
                 f"rewind_step={self.rewind_step}, but training has {run.steps_done} steps; use a step before its end"
@@ -418,14 +419,22 @@ class TicketSearch:
             ) from None
         if not math.isfinite(score):
             raise ArgumentError(
-                f"train returned {score} in round {run.round}; a score must be finite. Lower the learning rate, or "
-                "return the worst score there is where training fails"
+                f"train returned {score} in round {run.round}; a score must be finite. Lower the learning rate"
             )
         if run.steps_done == began:
             raise StateError(
                 "train never called run.step(), so nothing held the masks; call it after every optimizer.step()"
             )
         return score
+
+    def _check_finite(self, round: int) -> None:
+        """A network that diverged has nothing to rank, and must not be what a search goes on from."""
+        broken = not_finite(self.model)
+        if broken is not None:
+            raise TargetError(
+                f"train left nan or infinite weights in {broken!r} in round {round}, which is not kept; lower the "
+                "learning rate and search on"
+            )
 
     def _use(self, round: int) -> None:
         if isinstance(round, bool) or not isinstance(round, int) or not 0 <= round < len(self._masks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -31,7 +32,7 @@ class Mover:
     def forget(self) -> None:
         """Takes the masks as they are now for what the next move starts from."""
         self._hints: dict[str, Hint | None] = {}
-        self._pooled: tuple[int, int | None, int] | None = None  # a global context's goal, rounding, number of layers
+        self.pooled: tuple[int, int | None, int] | None = None  # a global context's goal, rounding, number of layers
 
     def move(self, fractions: Mapping[str, Fraction], round_to: int | None, state_of: StateOf) -> None:
         """Moves the masks to a fraction of each layer's units, exactly, and applies them.
@@ -41,6 +42,22 @@ class Mover:
             round_to: round the units that a layer keeps to the nearest multiple of this.
             state_of: further tensors to zero where the weights are.
         """
+        try:
+            self._move(fractions, round_to, state_of)
+        except BaseException:  # Ctrl-C may strike between a mask and its count, or its weights
+            self._recover(state_of)
+            raise
+
+    def _recover(self, state_of: StateOf) -> None:
+        self.forget()
+        for layer in self.layers.values():
+            layer.masked = layer.n_units - int(torch.count_nonzero(self.layers.units(layer)))
+            with contextlib.suppress(RuntimeError):  # where a weight has another shape now, which was raised already
+                self.layers.apply(layer, state_of)
+        with contextlib.suppress(RuntimeError):
+            self.layers.apply_companions(state_of)
+
+    def _move(self, fractions: Mapping[str, Fraction], round_to: int | None, state_of: StateOf) -> None:
         changed: dict[str, bool | Tensor] = {}
         if self.context.kind == "global":
             changed = self._move_global(max(fractions.values(), default=Fraction(0)), round_to, state_of)
@@ -93,9 +110,9 @@ class Mover:
         now = [layer.masked for layer in layers]
         known = [n for n in now if n is not None]
         fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
-        if (goal, round_to, len(layers)) == self._pooled:
+        if (goal, round_to, len(layers)) == self.pooled:
             return {}
-        self._pooled = (goal, round_to, len(layers))
+        self.pooled = (goal, round_to, len(layers))
         if not fast or goal < sum(known) or round_to is not None:
             return self._select_global(layers, goal, round_to, state_of)
         need = goal - sum(known)

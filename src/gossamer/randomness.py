@@ -34,6 +34,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
         ArgumentError: it is something else.
     """
     check_random_state(state)
+    _restore(state)
+
+
+def _restore(state: dict[str, Any]) -> None:
     restore_generator(random, state["python"])
     torch.set_rng_state(state["torch"])
     np.random.set_state((state["numpy"]["name"], state["numpy"]["keys"], *state["numpy"]["rest"]))
@@ -53,6 +57,13 @@ def check_random_state(state: dict[str, Any]) -> None:
         raise ArgumentError(
             f"no random_state(): it lacks {lacking!r}; give the part of the saved state that it was put in"
         )
+    before = random_state()
+    try:
+        _restore(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        raise ArgumentError(f"a damaged random_state() ({error!r}); take another copy") from None
+    finally:
+        _restore(before)
 
 
 def generator_state(generator: Any) -> dict[str, Any]:

@@ -277,7 +277,9 @@ class Sparsifier:
         masks = {f"mask/{n}": t for n, t in self.masks.state_dict().items()}
         shapes = {f"shape/{n}": torch.tensor(m.shape) for n, m in self.masks.items()}
         floors = {f"floor/{n}": pack(la.zeros) for n, la in self._layers.items() if la.zeros is not None}
-        return {**masks, **shapes, **floors, **self.evidence.state_dict()}
+        goal, round_to, layers = self._mover.pooled or (-1, None, 0)
+        pooled = {"pooled": torch.tensor([goal, round_to or 0, layers])} if layers else {}
+        return {**masks, **shapes, **floors, **pooled, **self.evidence.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state_dict` gave.
@@ -287,7 +289,7 @@ class Sparsifier:
         """
         if not isinstance(state, Mapping):
             raise FileError(f"state of a sparsifier must be a dict of tensors, got {state!r}")
-        kinds = ("mask/", "shape/", "floor/", *(f"{kind}/" for kind in self.evidence.kept))
+        kinds = ("mask/", "shape/", "floor/", "pooled", *(f"{kind}/" for kind in self.evidence.kept))
         foreign = next((key for key in state if not key.startswith(kinds)), None)
         if foreign is not None:
             raise FileError(
@@ -314,6 +316,9 @@ class Sparsifier:
                     f"the mask of layer {name!r} cuts through units of granularity {self.granularity.name!r}; use the "
                     "granularity that the state is from"
                 )
+        pooled: list[int] = state["pooled"].tolist() if "pooled" in state else []
+        if len(pooled) not in (0, 3):
+            raise FileError(f"state of a sparsifier with pooled={pooled!r}, which none has; take another copy")
         self.evidence.load_state_dict(state)
         self._layers.masks = loaded
         for name, layer in self._layers.items():
@@ -321,6 +326,8 @@ class Sparsifier:
             layer.zeros = zeros.get(name)
             layer.floor = 0 if layer.zeros is None else int(torch.count_nonzero(layer.zeros))
         self._mover.forget()
+        if pooled:
+            self._mover.pooled = (pooled[0], pooled[1] or None, pooled[2])
 
     def release(self) -> None:
         """Lets go: masks are all True again, and weights may grow where they were masked."""

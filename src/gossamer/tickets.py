@@ -159,6 +159,9 @@ def load_ticket(path: str | os.PathLike[str]) -> Ticket:
         if _key(layer) not in weights:
             raise FileError(f"{os.fspath(path)!r}: layer {layer!r} has a mask but no weight; take another copy")
         masks[layer] = unpack(packed, weights[_key(layer)].shape, layer)
+        if not weights[_key(layer)].is_floating_point():
+            kind = weights[_key(layer)].dtype
+            raise FileError(f"{os.fspath(path)!r}: the weight of layer {layer!r} is of {kind}; take another copy")
         if bool(weights[_key(layer)][~masks[layer]].any()):
             raise FileError(f"{os.fspath(path)!r}: layer {layer!r} has weights under its mask; take another copy")
     if not masks:

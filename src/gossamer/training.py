@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.keeping import has_zeros_beside
+from gossamer.masks import pack, unpack
 from gossamer.report import SparsityReport
 from gossamer.rules.criteria import Criterion
 from gossamer.rules.schedules import Schedule, as_schedule
@@ -110,7 +112,9 @@ class SparseTraining:
         sparsifier.check_weights()
         self.round_to = round_to
         self.total_steps = self._made_for = _checked_steps(total_steps)
-        self.keep_zeros, self._released = keep_zeros, False
+        self.keep_zeros = keep_zeros
+        # Where nothing was masked that no longer is: zeros elsewhere are the run's own. Empty where nothing was let go.
+        self._let_go: dict[str, Tensor] = {}
         self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to) if keep_zeros else 0
         self.steps_done = 0
         self.progress = 0.0
@@ -155,13 +159,19 @@ class SparseTraining:
         progress = self.schedule(position)
         if progress >= self._floor:
             self._floor = 0.0  # the schedule has caught up, and leads from here on, down again too
-        progress = max(self._floor, progress)
-        changed = progress != self.progress
+        progress, before = max(self._floor, progress), self.progress
+        changed = progress != before
         self.progress = progress
-        if changed and not self._warned:
-            self._warned = True
-            self.sparsifier.warn_unchanged(self.targets)
-        self.sparsifier.move(self.fractions(), self.round_to, optimizer_tensors(self.optimizer))
+        if changed and (progress < before or (self.round_to is not None and self.sparsifier.context.kind == "global")):
+            self._note_let_go()  # what this move frees is zero until the next step
+        try:
+            if changed and not self._warned:
+                self._warned = True
+                self.sparsifier.warn_unchanged(self.targets)
+            self.sparsifier.move(self.fractions(), self.round_to, optimizer_tensors(self.optimizer))
+        except BaseException:  # not all masks are there, so that the next move must not take them for moved
+            self.progress = before
+            raise
         return changed
 
     @torch.no_grad()
@@ -196,14 +206,18 @@ class SparseTraining:
     def keep_new_zeros(self) -> None:
         """Masks zeros beside the masks too, as in a sparser network that was loaded since; `restart` does it.
 
-        A run that was made with keep_zeros=False does not, nor one that was released since it last started.
+        A run that was made with keep_zeros=False does not; nor does one that was released since it last started, unless
+        there are zeros beside those that it let go.
 
         Raises:
             ArgumentError: a target below the zeros that are there.
         """
-        if self.keep_zeros and not self._released:
+        sparsifier = self.sparsifier
+        if self.keep_zeros and (
+            not self._let_go or has_zeros_beside(sparsifier.targets, sparsifier.masks, self._let_go)
+        ):
             self.zeros_kept = self.sparsifier.keep_zeros(self.targets, self.round_to) or self.zeros_kept
-        self._released = False
+        self._let_go = {}
 
     @property
     def at_target(self) -> bool:
@@ -212,9 +226,14 @@ class SparseTraining:
 
     def release(self) -> None:
         """Lets go of the masks: from now on every weight may grow again."""
+        self._note_let_go()
         self.sparsifier.release()
-        self.progress = self._floor = 0.0
-        self.zeros_kept, self._released = 0, True
+        self.progress, self._floor, self.zeros_kept = 0.0, 0.0, 0
+
+    def _note_let_go(self) -> None:
+        for name, mask in self.sparsifier.masks.items():
+            before = self._let_go.get(name)
+            self._let_go[name] = mask.clone() if before is None else before.to(mask.device) & mask
 
     def report(self) -> SparsityReport:
         """What is sparse now, counted from the weights."""
@@ -233,6 +252,7 @@ class SparseTraining:
             "progress": self.progress,
             "floor": self._floor,
             "rules": self._rules(),
+            "let_go": {name: pack(mask) for name, mask in self._let_go.items()},
             "tensors": self.sparsifier.state_dict(),
         }
 
@@ -243,7 +263,13 @@ class SparseTraining:
             FileError: a newer version, masks of another network, or a run by other rules.
         """
         self.check_state(state)
+        masks = self.sparsifier.masks
+        foreign = next((name for name in state["let_go"] if name not in masks), None)
+        if foreign is not None:
+            raise FileError(f"run state of another network: there is no layer {foreign!r}")
+        let_go = {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state["let_go"].items()}
         self.sparsifier.load_state_dict(state["tensors"])
+        self._let_go = let_go
         self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
         self.progress, self._floor = state["progress"], state["floor"]
 
@@ -334,6 +360,7 @@ _FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "floor": _is_fraction,
         "rules": lambda rules: isinstance(rules, Mapping),
         "tensors": lambda tensors: isinstance(tensors, Mapping),
+        "let_go": lambda masks: isinstance(masks, Mapping) and all(isinstance(m, Tensor) for m in masks.values()),
     }
 )
 

@@ -91,6 +91,16 @@ def copy_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter with nan or infinity in it; None where there is none.
+
+    Example:
+        >>> net = nn.Linear(1, 1); _ = nn.init.constant_(net.bias, float("nan")); not_finite(net)
+        'bias'
+    """
+    return next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p.detach()).all())), None)
+
+
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Writes a state_dict of the same network into it, in place.
 

@@ -419,10 +419,9 @@ def test_weights_that_are_nan_do_not_replace_a_checkpoint(tmp_path: Path) -> Non
     assert load_state(path, "checkpoint of a fastai fit")["epoch"] == 3
 
 
-def test_two_callbacks_do_not_write_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.safetensors"
-    with pytest.raises(ArgumentError, match="another callback's"):
-        fit(1, rules(path), rules(path, layer_type=nn.Linear))
+def test_one_file_is_enough_for_two_callbacks(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"one file too many.*a\.safetensors' holds the whole fit"):
+        fit(1, rules(tmp_path / "a.safetensors"), rules(tmp_path / "b.safetensors", layer_type=nn.Linear))
 
 
 def test_a_place_that_cannot_be_written_is_an_error_before_training(tmp_path: Path) -> None:
@@ -615,3 +614,153 @@ def test_the_saver_finds_the_schedule_beside_a_keeper_and_waits_for_the_last_pha
     for _ in range(2):
         fit(1, late, SaveSparseModelCallback(), learn=learn)
     assert not [w for w in recwarn if issubclass(w.category, GossamerWarning)]
+
+
+# -- what a second review broke ----------------------------------------------------------------------------------------
+
+
+def same_model(one: Learner, other: Learner) -> bool:
+    there = other.model.state_dict()
+    return all(torch.equal(tensor, there[name]) for name, tensor in one.model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [(0, 1), (1, 0), (1, 2)])
+@pytest.mark.parametrize("again", ["the script", "the call"])
+def test_one_schedule_over_two_fits_goes_on_where_it_was_broken_off(
+    again: str, stop: tuple[int, int], tmp_path: Path
+) -> None:
+    def script(path: Path, *stops: Callback, start: int = 0, callback: Any = None, learn: Any = None) -> Any:
+        callback = callback or rules(path, sparsity=80, total_epochs=6, resume=True)
+        learn = learn or learner()
+        with learn.no_bar():
+            for i in range(start, 2):
+                learn.fit(3, 1e-2, cbs=[callback, *(s for s in stops if i == stop[0])])
+        return callback, learn
+
+    whole, want = script(tmp_path / "whole.safetensors")
+    callback, learn = rules(tmp_path / "a.safetensors", sparsity=80, total_epochs=6, resume=True), learner()
+    with pytest.raises(KeyboardInterrupt):
+        script(tmp_path / "a.safetensors", Stop(stop[1]), callback=callback, learn=learn)
+    if again == "the call":  # as in a notebook
+        _, got = script(tmp_path / "a.safetensors", start=stop[0], callback=callback, learn=learn)
+    else:
+        callback, got = script(tmp_path / "a.safetensors")
+    assert same_model(got, want)
+    assert callback.history == whole.history
+
+
+def test_one_schedule_over_two_fits_goes_on_without_a_file_too() -> None:
+    callback, learn = SparsifyCallback(80, schedule="lin", total_epochs=6, verbose=False), learner()
+    fit(3, callback, learn=learn)
+    fit(3, callback, Stop(1), learn=learn)  # breaks off in epoch 4 of 6
+    fit(2, callback, learn=learn)
+    assert callback.sparse.at_target
+    assert callback.history[-1]["epoch"] == 5
+
+
+@pytest.mark.parametrize("where", ["first", "second"])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_one_file_holds_what_every_callback_does(where: str, stop: int, tmp_path: Path) -> None:
+    def both(path: Path, resume: bool = False) -> list[SparsifyCallback]:
+        file = {"checkpoint": path, "resume": resume}
+        convs = SparsifyCallback(60, verbose=False, **file if where == "first" else {})
+        linear = SparsifyCallback(
+            40, layer_type=nn.Linear, schedule="lin", verbose=False, **file if where == "second" else {}
+        )
+        return [convs, linear]
+
+    want = both(tmp_path / "whole.safetensors")
+    whole = fit(5, *want)
+    fit(5, *both(tmp_path / "a.safetensors"), Stop(stop))
+    callbacks = both(tmp_path / "a.safetensors", resume=True)
+    assert same_model(fit(5, *callbacks), whole)
+    assert [cb.history for cb in callbacks] == [cb.history for cb in want]
+    with pytest.raises(FileError, match="a fit with 2 SparsifyCallbacks, and this one has 1"):
+        fit(5, both(tmp_path / "a.safetensors", resume=True)[where == "second"])
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+def test_rounded_global_masks_that_hold_still_hold_after_going_on(granularity: str, tmp_path: Path) -> None:
+    def make(name: str, **more: Any) -> SparsifyCallback:
+        rest: dict[str, Any] = {"context": "global", "granularity": granularity, "round_to": 3, **more}
+        return rules(tmp_path / name, schedule="iterative", **rest)
+
+    whole = fit(6, make("whole"))
+    for stop in (2, 4):
+        fit(6, make("a", resume=True), Stop(stop))
+    assert same_model(fit(6, make("a", resume=True)), whole)
+
+
+def test_a_layer_that_rests_goes_on_as_it_was(tmp_path: Path) -> None:
+    class Resting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.rest, self.head = nn.Conv2d(1, 8, 3), nn.Linear(2, 2), nn.Linear(288, 2)
+            self.seen = nn.Buffer(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += self.training
+            x = self.head(self.conv(x).flatten(1))
+            return x + self.rest(x) if self.seen <= 4 else x  # in the first epoch, and a step of the next
+
+    def make() -> Learner:
+        learn = learner()
+        torch.manual_seed(5)
+        learn.model = Resting()
+        return learn
+
+    whole = fit(4, rules(tmp_path / "whole"), learn=make())
+    before = make().model.rest.weight
+    assert not torch.equal(before, whole.model.rest.weight)
+    fit(4, rules(tmp_path / "a"), Stop(3), learn=make())
+    assert same_model(fit(4, rules(tmp_path / "a", resume=True), learn=make()), whole)
+
+
+def test_what_a_network_calls_its_scaler_is_no_gradient_scaler(tmp_path: Path) -> None:
+    learn = learner()
+    learn.model.scaler = nn.Parameter(torch.ones(1))
+    fit(1, rules(tmp_path / "a"), learn=learn)
+    assert (tmp_path / "a").exists()
+
+
+def test_a_fit_that_was_cancelled_goes_on_when_it_is_called_again(tmp_path: Path) -> None:
+    class TimeIsUp(Callback):
+        def after_epoch(self) -> None:
+            if self.epoch == 1:
+                raise CancelFitException
+
+    class NotYet(Callback):
+        order = -3
+
+        def before_fit(self) -> None:
+            raise CancelFitException
+
+    whole = fit(4, rules(tmp_path / "whole"))
+    callback = rules(tmp_path / "a", resume=True)
+    learn = fit(4, callback, TimeIsUp())
+    fit(4, callback, NotYet(), learn=learn)
+    fit(4, callback, learn=learn)
+    assert same_model(learn, whole)
+
+
+def test_one_file_by_two_names_is_still_one_file_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match="one file too many"):
+        fit(1, rules(Path("a")), rules(tmp_path / "a", layer_type=nn.Linear))
+
+
+@pytest.mark.parametrize("place", [("random", "python", "words"), ("random", "numpy", "keys"), ("loaders", 0, "rng")])
+def test_damaged_random_numbers_are_found_before_anything_changes(place: tuple[Any, ...], tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    fit(2, rules(path), Stop(1))
+    state = load_state(path, "checkpoint of a fastai fit")
+    part = state["learner"]
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = {"version": 3} if place[-1] == "rng" else [1, 2]
+    save_state(path, state, "checkpoint of a fastai fit")
+    learn = learner()
+    before = {n: t.clone() for n, t in learn.model.state_dict().items()}
+    with pytest.raises(FileError, match="damaged"):
+        fit(2, rules(path, resume=True), learn=learn)
+    assert all(torch.equal(t, before[n]) for n, t in learn.model.state_dict().items())

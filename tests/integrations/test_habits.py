@@ -716,6 +716,75 @@ def test_two_keepers_let_go_together_and_the_name_stays_with_the_one_that_is_lef
     assert plain.zeros(learn.model.head.weight) < 50
 
 
+def test_a_new_callback_goes_by_the_zeros_of_a_network_that_was_loaded_not_by_the_keepers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = small(tmp_path)
+    with torch.no_grad():
+        for parameter in other.model.parameters():  # so that other weights are the smallest
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    quiet(other, 1, half(schedule=lin))
+    learn = small(tmp_path)
+    quiet(learn, 2, half())
+    learn.model.load_state_dict(other.model.state_dict())
+    was = {n: getattr(learn.model, n).weight.detach() == 0 for n in LAYERS}
+    quiet(learn, 1, half())
+    assert all(torch.equal(getattr(learn.model, n).weight == 0, z) for n, z in was.items())
+
+
+def test_a_callback_that_ctrl_c_kept_on_the_learner_is_in_the_next_fit_once() -> None:
+    learn, callback = small(), half(schedule=lin)
+    learn.add_cb(callback)
+    quiet(learn, 1, callback)
+    assert not any(cb is callback for cb in learn.cbs)
+    assert zeros(learn.model) == HALF
+
+
+@pytest.mark.parametrize("event", ["before_epoch", "before_train", "after_train", "after_validate", "after_epoch"])
+@pytest.mark.parametrize("who", ["callback", "keeper"])
+def test_ctrl_c_anywhere_in_an_epoch_leaves_no_trace_on_the_learner(who: str, event: str) -> None:
+    learn, callback = small(), half()
+    if who == "keeper":
+        quiet(learn, 1, callback)
+    else:
+        learn.add_cb(callback)
+    metrics, names = list(learn.metrics), sorted(cb.name for cb in learn.cbs)
+
+    def stop(_: Learner) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet(learn, 2, Watch(stop, event))
+    assert list(learn.metrics) == metrics
+    assert sorted(cb.name for cb in learn.cbs) == names
+    assert "_with_events" not in vars(learn)
+
+
+def test_what_a_user_put_in_the_guards_place_is_put_back_and_was_used() -> None:
+    learn, callback, seen = small(), half(), []
+    own = learn._with_events
+
+    def counted(f: Any, event: str, *args: Any) -> None:
+        seen.append(event)
+        own(f, event, *args)
+
+    learn._with_events = counted
+    learn.add_cb(callback)
+    quiet(learn, 1)
+    assert vars(learn)["_with_events"] is counted
+    assert seen.count("epoch") == 1
+    assert seen.count("batch") == 6
+
+
+def test_a_metric_with_numbers_of_its_own_is_left_alone() -> None:
+    class Odd(ValueMetric):
+        count = np.ones(3)
+
+    learn = small(metrics=[Odd(lambda: 1.0, "odd")])
+    quiet(learn, 1, half())
+    assert [m.name for m in learn.metrics] == ["odd"]
+
+
 def test_a_model_around_the_same_layers_keeps_their_zeros() -> None:
     learn, callback = small(), half()
     quiet(learn, 2, callback)
@@ -1076,7 +1145,7 @@ def test_two_guards_leave_in_any_order() -> None:
     first, second = Guard(learn, lambda: broken.append("first")), Guard(learn, lambda: broken.append("second"))
     first.leave()
     with pytest.raises(AttributeError):
-        learn._do_epoch()  # no fit, so no epoch
+        learn._with_events(learn._do_epoch, "epoch", CancelEpochException)  # no fit, so no epoch
     assert broken == ["second"]
     second.leave()
-    assert "_do_epoch" not in vars(learn)
+    assert "_with_events" not in vars(learn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from fastai.callback import core
 from fastai.learner import Learner
 from torch import Tensor, nn
 
@@ -29,8 +27,6 @@ from gossamer.sparsifier import Sparsifier
 from gossamer.targets import LayerTypes, Target, as_layer_types, as_patterns, resolve_sparsity, unwrapped
 from gossamer.tickets import Lottery
 from gossamer.training import SparseTraining
-
-_CANCELS = tuple(vars(core)[f"Cancel{what}Exception"] for what in ("Fit", "Epoch", "Train", "Valid"))
 
 
 class SparsifyCallback(Traceless):
@@ -169,6 +165,7 @@ class SparsifyCallback(Traceless):
         self._hold_only = self._is_fitting = False
         self.span = Span(1)
         self._left: Span | None = None
+        self._is_broken = False  # whether the last fit was, and its file says where to go on
         self._keeper: KeepSparse | None = None
         self.epoch_now, self._batch, self._batches = -1, 0, 1
         self._is_new = True
@@ -185,10 +182,11 @@ class SparsifyCallback(Traceless):
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
         before, self.__dict__["_learn"] = self.__dict__.get("_learn"), learn
+        if learn is not None and any(cb is self for cb in learn.cbs):  # Ctrl-C kept fastai from taking it off
+            learn.cbs = learn.cbs.filter(lambda cb: cb is not self)
         if learn is None and before is not None:
             if self._is_fitting:  # something was raised, perhaps between the optimizer's step and ours
-                self._hold(before)
-                self._is_fitting = False
+                self._give_up(before)
             self._clean_up(before)
             if self.sparse is not None and any(self.sparse.sparsifier.masks.masked(n) for n in self.sparse.targets):
                 self._drop_keepers(before)
@@ -203,8 +201,7 @@ class SparsifyCallback(Traceless):
         if self._only_validates and is_within_fit(learn):
             return  # a callback of this very fit looks at something
         if self._is_fitting:  # still: the last fit was broken off, perhaps between the optimizer's step and ours
-            self._hold(learn)
-            self._is_fitting = False
+            self._give_up(learn)
         if self._only_validates:
             self._clean_up(learn)  # what a fit that was interrupted left behind
             return
@@ -226,7 +223,8 @@ class SparsifyCallback(Traceless):
         self._clean_up(learn)
         self.span = next_span(self._left, int(learn.n_epoch), self.total_epochs or fine_tune_epochs(learn))
         goes_on, self._left = self._left is not None and self.span.done > 0, None
-        if self._file is not None and not goes_on:
+        was_broken, self._is_broken = self._is_broken, False
+        if self._file is not None and (not goes_on or was_broken):
             self._file.look(self.span.total)
         if self._is_new or self.sparse is None or self.sparse.sparsifier.model is not model:
             self._build(model)  # anew, if it was built for a part: that may have been loaded since
@@ -244,7 +242,7 @@ class SparsifyCallback(Traceless):
         self.epoch_now, self._batch, self._batches = -1, 0, 1
         self._attach(learn)
         self._is_fitting = True
-        said = "" if self._file is None else self._file.attach(self, learn)
+        said = "" if self._file is None else self._file.attach(self, learn, goes_on and was_broken)
         self._drop_keepers(learn)  # this run has taken over their zeros, or was told not to
         if not goes_on:
             self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
@@ -317,13 +315,17 @@ class SparsifyCallback(Traceless):
 
     def after_fit(self) -> None:
         """Puts the saved weights back where the supermask network was asked for."""
-        if self.sparse is None or self._hold_only or self._only_validates:
+        if self.sparse is None or not self._is_fitting or self._only_validates:
             return
         self._is_fitting = False
         # A fit that was ended early leaves its other epochs to those that follow; fine_tune has its own plan for them.
-        n_epoch = int(self._learner().n_epoch)
-        self._left = self.span.after(n_epoch if self.total_epochs is None else self.epoch_now + 1)
-        if self._left is None and self._file is not None:
+        n_epoch, done = int(self._learner().n_epoch), self.epoch_now + 1
+        if self.total_epochs is not None and done < n_epoch:
+            self._leave(done)
+        else:
+            self._left = self.span.after(n_epoch)
+        is_over = self._left is None and (done >= n_epoch or not (self._file and self._file.resume))
+        if is_over and self._file is not None:
             self._file.end()
         if self._left is None and self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
             self._lottery.rewind()
@@ -537,17 +539,28 @@ class SparsifyCallback(Traceless):
 
     def _break_off(self, learn: Learner) -> None:
         """Leaves the masks of the last step, and nothing else of this fit."""
-        if sys.exc_info()[0] in _CANCELS:  # fastai goes on, and calls the events that follow
-            return
+        self._give_up(learn)
+        self._clean_up(learn)
+
+    def _give_up(self, learn: Learner) -> None:
+        """Leaves the rest of a schedule that fits share to those that follow: a fit was broken off."""
         self._hold(learn)
         self._is_fitting = False
-        self._clean_up(learn)
+        if self.total_epochs is not None:
+            self._leave(max(0, self.epoch_now))
+
+    def _leave(self, done: int) -> None:
+        """Leaves what a fit did not finish: to the next one or, with a file to go on from, to the same one again."""
+        self._is_broken = self._file is not None and self._file.resume
+        self._left = self.span.after(0 if self._is_broken else done)
 
     def _clean_up(self, learn: Learner) -> None:
         if self._guard is not None:
             self._guard.leave()
             self._guard = None
-        learn.metrics = learn.metrics.filter(lambda m: getattr(m, "_count", None) != self.sparsity_now)
+        learn.metrics = learn.metrics.filter(
+            lambda m: not isinstance(m, SparsityMetric) or m.count != self.sparsity_now
+        )
         learn.remove_cbs([c for c in learn.cbs if getattr(c, "owner", None) is self])
 
     def _drop_keepers(self, learn: Learner) -> None:

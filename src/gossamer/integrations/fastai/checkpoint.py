@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable as Function
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +55,10 @@ def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str
     state: dict[str, Any] = {
         "model": model.state_dict(),
         # What accumulation carries over from one epoch to the next; else gradients are gone by now, or zero.
-        "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())},
+        # Those that are zero are only named: fastai's optimizers step what has a gradient at all, and momentum goes on.
+        "gradients": {
+            n: p.grad if bool(p.grad.any()) else None for n, p in model.named_parameters() if p.grad is not None
+        },
         "optimizer": cast(Any, learn).opt.state_dict(),
         "optimizer_kind": _kind(learn.opt),
         "callbacks": {n: v for n, v in changed.items() if v},
@@ -64,9 +68,8 @@ def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str
         "train_iter": int(cast(Any, learn).train_iter),
         "random": random_state(),
     }
-    scaler = getattr(learn, "scaler", None)
-    if scaler is not None:
-        state["scaler"] = scaler.state_dict()
+    if _scaler(learn) is not None:
+        state["scaler"] = _scaler(learn).state_dict()
     recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
     if recorder is not None:
         smooth = recorder.smooth_loss
@@ -132,8 +135,10 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
         }
     opt.load_state_dict(saved)
     for name, parameter in model.named_parameters():  # an interrupt leaves gradients behind
-        gradient = state["gradients"].get(name)
-        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        there, gradient = name in state["gradients"], state["gradients"].get(name)
+        parameter.grad = gradient.to(parameter.device) if gradient is not None else None
+        if there and gradient is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def check_rest(state: dict[str, Any]) -> None:
@@ -148,6 +153,12 @@ def check_rest(state: dict[str, Any]) -> None:
         if not isinstance(state[key], kind):
             raise TypeError(f"{key} is a {type(state[key]).__name__}")
     check_random_state(state["random"])
+    for saved in state["loaders"]:
+        if "rng" in saved:
+            restore_generator(random.Random(), saved["rng"])
+        for where in _PLACES:
+            if where in saved:
+                torch.Generator().set_state(saved[where])
     if "recorder" in state:
         for key in ("lrs", "losses", "iters", "values", "smooth"):
             state["recorder"][key]
@@ -180,8 +191,8 @@ def _restore_callbacks(learn: Learner, state: dict[str, Any]) -> None:
                 vars(cb)[name] = value
         if names[id(cb)] in state["states"]:
             cb.load_state_dict(state["states"][names[id(cb)]])
-    if "scaler" in state and getattr(learn, "scaler", None) is not None:
-        cast(Any, learn).scaler.load_state_dict(state["scaler"])
+    if "scaler" in state and _scaler(learn) is not None:
+        _scaler(learn).load_state_dict(state["scaler"])
     recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
     if recorder is not None and "recorder" in state:
         saved = state["recorder"]
@@ -211,7 +222,7 @@ class Resume(Traceless):
     Other callbacks see nothing of the skipped epochs: no row in the table, no file saved a second time.
 
     Args:
-        owner: the callback whose fit it is.
+        owners: the callback whose fit it is, and the others that make it sparse.
         begin: called when the first epoch begins, before any callback has seen it.
         skip: epochs of this fit that are done.
         restore: called when the first epoch that is not done begins, or when the fit ends, if that was all of it.
@@ -220,10 +231,14 @@ class Resume(Traceless):
     order = -100
 
     def __init__(
-        self, owner: Callback, begin: Function[[], None], skip: int = 0, restore: Function[[], None] | None = None
+        self,
+        owners: Sequence[Callback],
+        begin: Function[[], None],
+        skip: int = 0,
+        restore: Function[[], None] | None = None,
     ) -> None:
         super().__init__()
-        self.owner = owner
+        self.owner, self._owners = owners[0], owners
         self._begin, self._skip, self._restore = begin, skip, restore
         self._stopped: list[Callback] = []
         self._begun, self._epoch = False, -1
@@ -241,6 +256,8 @@ class Resume(Traceless):
                 self._stopped = [cb for cb in learn.cbs if cb is not self and cb.run]
         if self._epoch < self._skip:
             self._set_running(False)
+            for owner in self._owners:
+                cast(Any, owner).epoch_now = self._epoch  # they do not see it begin
             raise cast(Any, core).CancelEpochException
         self._go_on()
 
@@ -291,6 +308,10 @@ def _set_up(learn: Learner) -> dict[str, Any]:
         "batches an epoch": len(learn.dls.train),
         "parameters that are not frozen": sum(p.requires_grad for p in cast(nn.Module, learn.model).parameters()),
     }
+
+
+def _scaler(learn: Learner) -> Any:
+    return vars(learn).get("scaler")  # what a learner lacks, fastai looks up in the model
 
 
 def _kind(opt: Any) -> str:

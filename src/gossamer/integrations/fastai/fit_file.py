@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from torch import nn
@@ -25,9 +24,10 @@ from gossamer.integrations.fastai.checkpoint import (
     restore_rest,
     restore_training,
 )
+from gossamer.integrations.fastai.followers import is_sparsifier
 from gossamer.storage.states import load_state, save_state
 from gossamer.targets import unwrapped
-from gossamer.weights import load_weights
+from gossamer.weights import load_weights, not_finite
 
 if TYPE_CHECKING:
     from gossamer.integrations.fastai.callback import SparsifyCallback
@@ -103,7 +103,9 @@ class FitFile:
                 "with it, or give another name, or delete it"
             )
         state = load_state(self.path, KIND)
-        lacking = next((key for key in ("fit", "total", "epoch", "sparse", "learner") if key not in state), None)
+        lacking = next(
+            (key for key in ("fit", "total", "epoch", "sparse", "others", "learner") if key not in state), None
+        )
         if lacking is not None:
             raise FileError(f"the checkpoint {name} lacks {lacking!r}; take another copy")
         for key, at_least in (("fit", 0), ("total", 1), ("epoch", 1)):
@@ -120,12 +122,13 @@ class FitFile:
             )
         self._state = state
 
-    def attach(self, callback: SparsifyCallback, learn: Learner) -> str:
+    def attach(self, callback: SparsifyCallback, learn: Learner, anew: bool = False) -> str:
         """Puts back what is done, now, so that nothing starts from a network that is about to be replaced.
 
         Args:
             callback: whose fit it is; its run is made.
             learn: which gets the callbacks that skip what is done, and write.
+            anew: whether this fit was broken off before, so that its beginning is put back too.
 
         Returns:
             What to tell the user.
@@ -133,6 +136,12 @@ class FitFile:
         Raises:
             FileError: the file is of another network, of other rules, or of another optimizer.
         """
+        other = next((cb for cb in learn.cbs if isinstance(cb, Checkpointer)), None)
+        if other is not None:
+            raise ArgumentError(
+                f"checkpoint={str(self.path)!r} is one file too many: {str(other.path)!r} holds the whole fit, this "
+                "callback's part too; leave checkpoint= out here"
+            )
         state, span, here = self._state, callback.span, int(learn.n_epoch)
         done = 0 if state is None else int(state["epoch"]) - span.done
         if state is not None and state["fit"] > self._fit:
@@ -140,9 +149,11 @@ class FitFile:
         skip = max(0, min(here, done))
         restore: Callable[[], None] | None = None
         said = ""
-        if state is not None and 0 < done <= here:  # beyond this fit it is for the next one to go on
+        if state is not None and (
+            0 < done <= here or (done == 0 and anew)
+        ):  # beyond this fit it is for the next one to go on
             self._put_back(callback, learn, state)
-            restore = partial(restore_rest, learn, state["learner"])
+            restore = partial(self._restore_rest, callback, learn, state)
             left = "all is done" if span.done + here == span.total else "this fit is done, and the next goes on"
             said = f"Going on from {self.path}: " + (f"epoch {skip} is next" if skip < here else left)
         elif state is not None and done > here:  # what comes between two fits shall not see untrained weights
@@ -153,9 +164,7 @@ class FitFile:
         def begin() -> None:
             self._counters = {**counters(learn), **self._counters}  # as they were before any fit of this file
 
-        if any(isinstance(cb, Checkpointer) and cb.path == self.path for cb in learn.cbs):
-            raise ArgumentError(f"checkpoint={str(self.path)!r} is another callback's too; give each a file of its own")
-        learn.add_cb(Resume(callback, begin, skip, restore))
+        learn.add_cb(Resume([callback, *_others(callback, learn)], begin, skip, restore))
         if not rank_distrib():
             learn.add_cb(Checkpointer(callback, self.path, lambda: self._save(callback, learn), self.every))
         return said
@@ -167,6 +176,12 @@ class FitFile:
         name = f"the checkpoint {str(self.path)!r}"
         try:
             callback.check_state(state["sparse"])
+            others = _others(callback, learn)
+            if len(state["others"]) != len(others):
+                raise FileError(
+                    f"{name} is of a fit with {len(state['others']) + 1} SparsifyCallbacks, and this one has "
+                    f"{len(others) + 1}; give all of them"
+                )
             check_rest(state["learner"])
             restore_training(learn, state["learner"], self.path)
             callback.load_state_dict(state["sparse"])
@@ -178,9 +193,13 @@ class FitFile:
                 raise FileError(str(error) if name in str(error) else f"{name}: {error}") from None
             raise FileError(f"{name} is damaged ({error!r}); take another copy") from None
 
+    def _restore_rest(self, callback: SparsifyCallback, learn: Learner, state: dict[str, Any]) -> None:
+        for other, there in zip(_others(callback, learn), state["others"], strict=True):  # they have their runs by now
+            other.load_state_dict(there)
+        restore_rest(learn, state["learner"])
+
     def _save(self, callback: SparsifyCallback, learn: Learner) -> None:
-        parameters = cast(nn.Module, learn.model).named_parameters()
-        broken = next((n for n, p in parameters if not bool(torch.isfinite(p.detach()).all())), None)
+        broken = not_finite(cast(nn.Module, learn.model))
         if broken is not None:
             warnings.warn(
                 f"{broken!r} has nan or infinite weights, so the checkpoint {str(self.path)!r} stays as it was before "
@@ -194,6 +213,12 @@ class FitFile:
             "total": callback.span.total,
             "epoch": callback.span.done + callback.epoch_now + 1,
             "sparse": callback.state_dict(),
+            "others": [cb.state_dict() for cb in _others(callback, learn)],
             "learner": learner_state(learn, self._counters),
         }
         save_state(self.path, state, KIND)
+
+
+def _others(callback: SparsifyCallback, learn: Learner) -> list[SparsifyCallback]:
+    """The learner's other SparsifyCallbacks, whose state the file holds too."""
+    return [cast("SparsifyCallback", cb) for cb in learn.cbs if is_sparsifier(cb) and cb is not callback]

@@ -49,7 +49,7 @@ class SparsityMetric(Metric):
     """
 
     def __init__(self, count: Function[[], float]) -> None:
-        self._count = count
+        self.count = count
 
     def reset(self) -> None:
         """Nothing to forget: the weights are counted when the value is read."""
@@ -60,7 +60,7 @@ class SparsityMetric(Metric):
     @property
     def value(self) -> float:
         """Percent, as the epoch's printed line has it."""
-        return self._count()
+        return self.count()
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class SparsityMetric(Metric):
         return "sparsity"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparsityMetric:
-        return SparsityMetric(copy.deepcopy(self._count, memo))
+        return SparsityMetric(copy.deepcopy(self.count, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # In an exported learner: the number that it was exported with, from fastai's own classes.
@@ -129,10 +129,11 @@ class KeepSparse(Traceless):
         self._idle = self._is_replaced(learn)
         if self._idle:
             return
-        self._hold(learn)
+        if hasattr(learn, "lr_finder") or not any(map(is_sparsifier, learn.cbs)):
+            self._hold(learn)  # else a callback is about to take over, by the zeros that are there now
         if self._guard is not None:
             self._guard.leave()
-        self._guard = Guard(learn, partial(self._hold, learn))
+        self._guard = Guard(learn, partial(self._break_off, learn))
         if not self._silent and not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
             masks = self.sparse.sparsifier.masks
             names = [name for name in masks if name not in self._without]
@@ -173,6 +174,8 @@ class KeepSparse(Traceless):
         masks = self.sparse.sparsifier.masks
         if not any(masks.masked(name) for name in masks if name not in self._without):
             self.leave()
+        elif not self._idle:
+            self._hold(cast(Learner, self.learn))
 
     def leave(self) -> None:
         """Leaves the learner."""
@@ -185,6 +188,12 @@ class KeepSparse(Traceless):
         learn.remove_cb(self)
         for keeper in _keepers(learn)[-1:]:  # fastai took the name off the learner, and another keeper needs it
             setattr(learn, keeper.name, keeper)
+
+    def _break_off(self, learn: Learner) -> None:
+        self._hold(learn)
+        if self._guard is not None:
+            self._guard.leave()
+            self._guard = None
 
     def _hold(self, learn: Learner) -> None:
         self.sparse.optimizer = learn.opt

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable as Function
 from typing import Any
 
+from fastai.callback import core
 from fastai.learner import Learner
+
+_CANCELS = tuple(vars(core)[f"Cancel{what}Exception"] for what in ("Fit", "Epoch", "Train", "Valid"))
+_METHOD = "_with_events"  # what runs an epoch, with the events before and after it
 
 
 class Guard:
-    """Stands before the learner's `_do_epoch`, and calls a function when something is raised in it.
+    """Stands before the learner's `_with_events`, and calls a function when something is raised inside an epoch.
 
     Args:
         learn: the learner; it gets an attribute, until `leave`.
@@ -18,25 +23,32 @@ class Guard:
 
     def __init__(self, learn: Learner, on_break: Function[[], None]) -> None:
         self._learn, self._on_break, self._is_on = learn, on_break, True
-        self._inner: Any = learn._do_epoch  # the method, or the guard of another callback
-        vars(learn)["_do_epoch"] = self
+        self._own: Any = vars(learn).get(_METHOD)  # the guard of another callback, or what the user put there
+        self._inner: Any = getattr(learn, _METHOD)
+        vars(learn)[_METHOD] = self
 
-    def __call__(self) -> None:
+    def __call__(self, f: Any, event_type: str, *args: Any, **kwargs: Any) -> None:
         try:
-            self._inner()
+            self._inner(f, event_type, *args, **kwargs)
         except BaseException:
-            if self._is_on:
+            # Of what fastai catches itself it tells every callback.
+            if self._is_on and event_type == "epoch" and sys.exc_info()[0] not in _CANCELS:
                 self._on_break()
             raise
 
     def leave(self) -> None:
         """Steps aside; whoever came later stays."""
         self._is_on = False
-        if vars(self._learn).get("_do_epoch") is self:
-            del vars(self._learn)["_do_epoch"]
-            if isinstance(self._inner, Guard) and self._inner._is_on:
-                vars(self._learn)["_do_epoch"] = self._inner
+        if vars(self._learn).get(_METHOD) is not self:
+            return
+        own = self._own
+        while isinstance(own, Guard) and not own._is_on:  # it left before, and could not take itself away
+            own = own._own
+        if own is None:
+            del vars(self._learn)[_METHOD]
+        else:
+            vars(self._learn)[_METHOD] = own
 
     # In a pickled or copied learner it is the method itself, so that nothing of Gossamer is in the file.
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._learn, "_do_epoch")
+        return getattr, (self._learn, _METHOD)
