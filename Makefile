@@ -33,7 +33,7 @@ $(BIN)/uv: | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt uv
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/uv
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*) | $(BIN)/uv
 	$(BIN)/uv pip install -p $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from gossamer import ArgumentError, FileError, Sparsifier, contents, load, save, save_state
-from gossamer.storage.encoding import Encoded, decode, encode
+from gossamer.native import native
+from gossamer.storage.encoding import Encoded, _bits, _gaps, _Native, _Plain, decode, encode
 from gossamer.storage.files import _DTYPES
 
 BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -83,6 +85,37 @@ def test_any_bits_of_any_dtype_come_back_by_the_smaller_way(n: int, zeros: float
     encoded = encode(tensor)
     assert same_bits(decode(encoded, (n,), tensor.dtype), tensor)
     assert encoded.index.nbytes <= -(-n // 8)  # gaps only where they take less than bits
+
+
+@pytest.mark.skipif(native() is None, reason="the compiled library was not built")
+@given(
+    n=st.integers(0, 3000),
+    zeros=st.sampled_from([0, 0.3, 0.8, 0.97, 0.998, 1]),
+    dtype=st.sampled_from(["float64", "float32", "float16", "int8"]),
+    seed=st.integers(0, 99),
+)
+def test_compiled_and_plain_readers_agree(n: int, zeros: float, dtype: str, seed: int) -> None:
+    tensor = sparse(n, zeros, _DTYPES[dtype], seed)
+    bits = tensor.view(BYTES[tensor.element_size()])
+    alive = bits != 0
+    indexes = {"bits": _bits(alive), "gaps": _gaps(np.flatnonzero(alive.numpy()), n)}
+    for kind, index in indexes.items():
+        for reader in (_Plain(index, n), _Native(native(), index, n)):
+            assert getattr(reader, f"count_{kind}")() == int(alive.sum())
+            out = torch.full_like(bits, 1)
+            getattr(reader, f"expand_{kind}")(bits[alive], out)
+            assert torch.equal(out, bits)
+
+
+@pytest.mark.parametrize("reader", [_Plain, partial(_Native, native())])
+@pytest.mark.parametrize(
+    ("kind", "index", "n"), [("bits", [3, 0], 8), ("bits", [131], 7), ("gaps", [2, 3], 6), ("gaps", [2], 258)]
+)
+def test_both_readers_refuse_what_does_not_fit(reader: Any, kind: str, index: list[int], n: int) -> None:
+    if native() is None:
+        pytest.skip("the compiled library was not built")
+    with pytest.raises(FileError):
+        getattr(reader(torch.tensor(index, dtype=torch.uint8), n), f"count_{kind}")()
 
 
 PARTS = [

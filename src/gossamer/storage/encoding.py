@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import FileError
+from gossamer.native import native
 
 _LONGEST = 255
 """A gap byte of this value stands for so many zeros and no value after them."""
@@ -98,15 +100,15 @@ def decode(encoded: Encoded, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     index, values = encoded.index, encoded.values
     if index.dtype != torch.uint8 or index.ndim != 1 or values.ndim != 1:
         raise FileError(f"an index of {index.dtype} and {index.ndim} axes, values of {values.ndim} axes")
-    positions = (_read_bits if encoded.kind == "bits" else _read_gaps)(index.numpy(), n)
-    if len(positions) != len(values):
-        raise FileError(f"an index of {len(positions)} values, and {len(values)} of them")
-    tensor = torch.zeros(shape, dtype=dtype)
-    # Written as bits, since a cast to the same dtype may make another nan of one.
-    exact = values.dtype == dtype
+    read = _Native(native(), index, n) if native() is not None else _Plain(index, n)
+    count = read.count_bits() if encoded.kind == "bits" else read.count_gaps()
+    if count != len(values):
+        raise FileError(f"an index of {count} values, and {len(values)} of them")
+    # A cast to the same dtype may make another nan of one.
+    values = (values if values.dtype == dtype else values.to(dtype)).contiguous()
+    tensor = torch.empty(shape, dtype=dtype)
     bits = _BITS[tensor.element_size()]
-    flat: Any = (tensor.view(-1).view(bits)).numpy()
-    flat[positions] = (values.view(bits) if exact else values.to(dtype).view(bits)).numpy()
+    (read.expand_bits if encoded.kind == "bits" else read.expand_gaps)(values.view(bits), tensor.view(-1).view(bits))
     return tensor
 
 
@@ -123,19 +125,71 @@ def _gaps(positions: np.ndarray, n: int) -> Tensor:
     return torch.from_numpy(index)
 
 
-def _read_bits(index: np.ndarray, n: int) -> np.ndarray:
-    if len(index) != -(-n // 8):
-        raise FileError(f"{len(index)} bytes of bits for {n} elements")
-    flags = np.unpackbits(index, bitorder="little")
-    if flags[n:].any():
-        raise FileError(f"bits that are set beyond {n} elements")
-    return np.flatnonzero(flags[:n])
+class _Plain:
+    """Reads an index in NumPy: what the compiled functions do, in a few plain lines."""
+
+    def __init__(self, index: Tensor, n: int) -> None:
+        self.index, self.n = index.numpy(), n
+
+    def count_bits(self) -> int:
+        _check_bits(len(self.index), self.n)
+        flags = np.unpackbits(self.index, bitorder="little")
+        if flags[self.n :].any():
+            raise FileError(f"bits that are set beyond {self.n} elements")
+        return int(np.count_nonzero(flags))
+
+    def expand_bits(self, values: Tensor, out: Tensor) -> None:
+        positions = np.flatnonzero(np.unpackbits(self.index, count=self.n, bitorder="little"))
+        out.zero_().numpy()[positions] = values.numpy()
+
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.index.astype(np.int64) + (self.index != _LONGEST))
+
+    def count_gaps(self) -> int:
+        ends = self._ends()
+        _check_gaps(int(ends[-1]) if len(ends) else 0, self.n)
+        return int(np.count_nonzero(self.index != _LONGEST))
+
+    def expand_gaps(self, values: Tensor, out: Tensor) -> None:
+        out.zero_().numpy()[self._ends()[self.index != _LONGEST] - 1] = values.numpy()
 
 
-def _read_gaps(index: np.ndarray, n: int) -> np.ndarray:
-    has_value = index != _LONGEST
-    ends = np.cumsum(index.astype(np.int64) + has_value)
-    covered = int(ends[-1]) if len(ends) else 0
+class _Native:
+    """The same, compiled."""
+
+    def __init__(self, library: Any, index: Tensor, n: int) -> None:
+        self.library, self.index, self.n = library, index.contiguous(), n
+
+    def count_bits(self) -> int:
+        _check_bits(len(self.index), self.n)
+        count = self.library.gossamer_count_bits(self.index.data_ptr(), self.n)
+        if count < 0:
+            raise FileError(f"bits that are set beyond {self.n} elements")
+        return count
+
+    def expand_bits(self, values: Tensor, out: Tensor) -> None:
+        size = out.element_size()
+        self.library.gossamer_expand_bits(
+            self.index.data_ptr(), self.n, values.data_ptr(), len(values), out.data_ptr(), size
+        )
+
+    def count_gaps(self) -> int:
+        covered = ctypes.c_int64()
+        count = self.library.gossamer_count_gaps(self.index.data_ptr(), len(self.index), ctypes.byref(covered))
+        _check_gaps(covered.value, self.n)
+        return count
+
+    def expand_gaps(self, values: Tensor, out: Tensor) -> None:
+        self.library.gossamer_expand_gaps(
+            self.index.data_ptr(), len(self.index), self.n, values.data_ptr(), out.data_ptr(), out.element_size()
+        )
+
+
+def _check_bits(length: int, n: int) -> None:
+    if length != -(-n // 8):
+        raise FileError(f"{length} bytes of bits for {n} elements")
+
+
+def _check_gaps(covered: int, n: int) -> None:
     if not 0 <= n - covered < _LONGEST:
         raise FileError(f"gaps that cover {covered} of {n} elements")
-    return ends[has_value] - 1

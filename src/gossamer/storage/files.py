@@ -299,7 +299,7 @@ def _free(name: str, taken: Iterable[str]) -> str:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What a file stores, and its header; that of a foreign file is made up."""
-    stored, metadata = load_tensors(path)
+    stored, metadata = load_tensors(path, copy=False)
     where = repr(os.fspath(path))
     if _KEY not in metadata:
         if "tree" in metadata:
@@ -339,7 +339,7 @@ def _expand(name: str, entry: Mapping[str, Any], stored: Mapping[str, Tensor], d
     if values.dtype != dtype and not (values.dtype in _HALVES.values() and dtype.is_floating_point):
         raise FileError(f"values of {values.dtype} for {dtype}")
     if entry["as"] == "dense":
-        return values.to(dtype)
+        return values.to(dtype, copy=True)
     if entry["as"] not in _KINDS:
         raise FileError(f"an unknown encoding {entry['as']!r}")
     return decode(Encoded(entry["as"], stored[entry["index"]], values), _shape(entry["shape"]), dtype)

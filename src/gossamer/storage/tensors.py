@@ -83,11 +83,13 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     return write_whole(path, save(ready, metadata=dict(metadata)))
 
 
-def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: str | os.PathLike[str], *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file.
 
     Args:
         path: the file.
+        copy: whether the tensors are copies; else they are the file itself, mapped, for whoever reads them once, at
+            once: they change with the file, and one that somebody cuts short later would kill the process.
 
     Returns:
         Tensors by name, on the CPU, and the metadata of the header.
@@ -109,9 +111,9 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise FileError(f"{str(path)!r} cannot be read ({error.strerror}); see that you have the right to") from None
     try:
         with safe_open(path, framework="pt") as file:
-            # Cloned, since what safe_open gives is the file itself, mapped: it would change with the file, and a file
-            # that somebody cuts short later would kill the process.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if copy:
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             return tensors, dict(file.metadata() or {})
     except Exception as error:  # a mangled header can make torch and safetensors raise more than their own errors
         raise FileError(

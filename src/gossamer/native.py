@@ -1,0 +1,78 @@
+"""The compiled library, by ctypes. Where it was not built there is none, and whoever asks has a plain twin at hand."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterable
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_ABI = 1
+_LIBRARY = "_native.so"
+
+
+class Step(ctypes.Structure):
+    """One convolution to run, as in src/native/gossamer.h."""
+
+    _fields_ = (
+        ("plan", c_void_p),
+        ("input", c_void_p),
+        ("residual", c_void_p),
+        ("output", c_void_p),
+        ("images", c_int64),
+        ("activation", c_int32),
+        ("add_last", c_int32),
+    )
+
+
+_FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("gossamer_isa", c_char_p, (c_int32,)),
+    ("gossamer_layer_new", c_void_p, (c_void_p, c_void_p, c_void_p)),
+    ("gossamer_layer_free", None, (c_void_p,)),
+    ("gossamer_layer_nonzero", c_int64, (c_void_p,)),
+    (
+        "gossamer_plan_new",
+        c_void_p,
+        (c_void_p, c_int64, c_int32, c_int32, c_int32, c_int32, POINTER(c_char_p)),
+    ),
+    ("gossamer_plan_free", None, (c_void_p,)),
+    ("gossamer_plan_info", None, (c_void_p, c_void_p)),
+    ("gossamer_run", c_int32, (c_void_p, c_int64, c_int32)),
+    ("gossamer_count_bits", c_int64, (c_void_p, c_int64)),
+    ("gossamer_count_gaps", c_int64, (c_void_p, c_int64, POINTER(c_int64))),
+    ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),
+    ("gossamer_expand_gaps", c_int32, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32)),
+)
+
+
+def find_library(folders: Iterable[str]) -> ctypes.CDLL | None:
+    """The library in one of some folders, its functions typed; None where there is none of this version.
+
+    Example:
+        >>> find_library([]) is None
+        True
+    """
+    for folder in folders:
+        path = Path(folder) / _LIBRARY
+        if not path.is_file():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            if library.gossamer_abi() != _ABI:  # of an older build
+                continue
+            for name, result, arguments in _FUNCTIONS:
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError):  # built for another machine
+            continue
+        return library
+    return None
+
+
+@cache
+def native() -> Any:
+    """The library's functions, or None where the package was installed without a C++ compiler."""
+    return find_library(sys.modules[__name__.partition(".")[0]].__path__)

@@ -1,0 +1,40 @@
+// The C interface. Pointers are to row-major float32; nothing is owned across it but what is made and freed here.
+#pragma once
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define GOSSAMER_API extern "C" __attribute__((visibility("default")))
+#else
+#define GOSSAMER_API extern "C"
+#endif
+
+struct GossamerLayer;
+struct GossamerPlan;
+
+// One convolution to run. Linear layers are convolutions of one pixel a token.
+struct GossamerStep {
+  const GossamerPlan* plan;
+  const float* in;        // [images, in channels, height, width]
+  const float* residual;  // as out, or null
+  float* out;             // [images, out channels, out height, out width]
+  int64_t images;
+  int32_t activation;     // see kernels.h
+  int32_t add_last;       // residual after the activation
+};
+
+GOSSAMER_API int32_t gossamer_abi();
+// Names of the instruction sets that this machine can run, best first; null beyond the last.
+GOSSAMER_API const char* gossamer_isa(int32_t i);
+// Null where memory is short. shape: out channels, in channels of a group, kernel height, width, groups, strides (y, x),
+// paddings (y, x), dilations (y, x).
+GOSSAMER_API GossamerLayer* gossamer_layer_new(const float* weight, const float* bias, const int32_t* shape);
+GOSSAMER_API void gossamer_layer_free(GossamerLayer*);
+GOSSAMER_API int64_t gossamer_layer_nonzero(const GossamerLayer*);
+// Null where the layer does not fit the kernel (the message says why), or memory is short.
+GOSSAMER_API GossamerPlan* gossamer_plan_new(
+    const GossamerLayer*, int64_t images, int32_t height, int32_t width, int32_t threads, int32_t isa, const char** why);
+GOSSAMER_API void gossamer_plan_free(GossamerPlan*);
+// vectors a row, rows a tile, columns a tile, tiles across, tiles down, planes a block, blocks, groups of channels
+GOSSAMER_API void gossamer_plan_info(const GossamerPlan*, int64_t out[8]);
+// 0, or 1 where memory is short.
+GOSSAMER_API int32_t gossamer_run(const GossamerStep* steps, int64_t n, int32_t threads);

@@ -1,0 +1,264 @@
+// The loops, in the compiler's vector extensions; compiled once per instruction set, in a namespace of its own.
+//
+// One kernel covers every layer. A tile is a flat run of pixels: a few rows of the output, each padded to a whole number
+// of vectors. T vectors of sums of one output channel stay in registers; each weight that is not zero is broadcast and
+// multiplied with T vectors of one input plane. Rows of the planes begin at vectors too, so that a kernel's row is an
+// aligned offset; a kernel's column is not, and instead of loading unaligned (half the speed) all weights of one column
+// are summed up first, and then the sums are shifted by a pixel, in registers, before those of the next are added.
+#include "kernels.h"
+
+#ifndef GOSSAMER_ISA
+#error "compile with -DGOSSAMER_ISA=baseline, avx2 or avx512"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+namespace {
+
+#if defined(__AVX__)
+constexpr int L = 8;
+#else
+constexpr int L = 4;
+#endif
+#if defined(__AVX512VL__) || defined(__aarch64__)
+constexpr int LONGEST = 28;  // 32 registers
+#else
+constexpr int LONGEST = 14;  // 16 registers
+#endif
+
+typedef float V __attribute__((vector_size(L * 4)));
+typedef float U __attribute__((vector_size(L * 4), aligned(4)));
+typedef int32_t I __attribute__((vector_size(L * 4)));
+
+INLINE V load(const float* p) { return *reinterpret_cast<const U*>(p); }
+INLINE void store(float* p, V v) { *reinterpret_cast<U*>(p) = v; }
+INLINE V all(float x) { return x - V{}; }
+INLINE V pick(I mask, V yes, V no) { return (V)((mask & (I)yes) | (~mask & (I)no)); }
+// As torch has it, nan stays nan.
+INLINE V at_least(V v, float low) { return pick(v < all(low), all(low), v); }
+INLINE V at_most(V v, float high) { return pick(v > all(high), all(high), v); }
+
+INLINE V shifted(V before, V v) {
+#if defined(__AVX__)
+  return __builtin_shufflevector(before, v, 7, 8, 9, 10, 11, 12, 13, 14);
+#else
+  return __builtin_shufflevector(before, v, 3, 4, 5, 6);
+#endif
+}
+
+// e^x to a few units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes).
+INLINE V exponential(V x) {
+  V y = at_most(at_least(x, -87.3f), 88.3f);
+  V n = y * 1.44269504f + 12582912.0f;  // rounds to a whole number
+  I whole = (I)n - 0x4B400000;
+  n -= 12582912.0f;
+  V r = y - n * 0.693359375f + n * 2.12194440e-4f;
+  V p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  V result = (V)((I)p + (whole << 23));
+  return pick(x != x, x, result);
+}
+
+INLINE V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
+
+INLINE V tangent(V x) {  // tanh
+  V e = exponential(2.0f * at_most(at_least(x, -10.0f), 10.0f));
+  return pick(x != x, x, (e - 1.0f) / (e + 1.0f));
+}
+
+// erf to 1.5e-7 (Abramowitz and Stegun 7.1.26).
+INLINE V error_function(V x) {
+  V a = pick(x < V{}, -x, x), t = 1.0f / (1.0f + 0.3275911f * a);
+  V p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  V y = 1.0f - p * exponential(-a * a);
+  return pick(x < V{}, -y, y);
+}
+
+INLINE V activated(V v, int32_t kind) {
+  switch (kind) {
+    case RELU: return at_least(v, 0.0f);
+    case RELU6: return at_most(at_least(v, 0.0f), 6.0f);
+    case SILU: return v * sigmoid(v);
+    case GELU: return 0.5f * v * (1.0f + error_function(v * 0.70710678f));
+    case GELU_TANH: return 0.5f * v * (1.0f + tangent(0.79788456f * (v + 0.044715f * v * v * v)));
+    case HARDSWISH: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    case HARDSIGMOID: return at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    case SIGMOID: return sigmoid(v);
+    default: return v;
+  }
+}
+
+// n < L floats, without a loop that the processor would have to guess the end of.
+INLINE void copy_few(float* to, const float* from, int32_t n) {
+  typedef float Four __attribute__((vector_size(16), aligned(4)));
+  typedef float Two __attribute__((vector_size(8), aligned(4)));
+  if (L > 4 && n & 4) {
+    *reinterpret_cast<Four*>(to) = *reinterpret_cast<const Four*>(from);
+    to += 4;
+    from += 4;
+  }
+  if (n & 2) {
+    *reinterpret_cast<Two*>(to) = *reinterpret_cast<const Two*>(from);
+    to += 2;
+    from += 2;
+  }
+  if (n & 1) *to = *from;
+}
+
+template <int KIND>
+INLINE void write_as(const Writer& w, int32_t channel, const float* tile) {
+  const V bias = all(w.bias ? w.bias[channel] : 0.0f);
+  const int64_t base = channel * w.plane;
+  for (int32_t row = 0; row < w.rows; row++) {
+    const float* from = tile + row * w.tile_pitch + w.first;
+    const int64_t at = base + int64_t(row) * w.pitch;
+    float* to = w.out + at;
+    const float* more = w.residual ? w.residual + at : nullptr;
+    if (w.columns < L) {
+      float rest[L] = {}, result[L];
+      if (more) copy_few(rest, more, w.columns);
+      V v = load(from) + bias;  // a tile has a vector of slack
+      if (!w.add_last) v += load(rest);
+      v = activated(v, KIND);
+      if (w.add_last) v += load(rest);
+      store(result, v);
+      copy_few(to, result, w.columns);
+      continue;
+    }
+    for (int32_t x = 0;;) {
+      V v = load(from + x) + bias;
+      if (more && !w.add_last) v += load(more + x);
+      v = activated(v, KIND);
+      if (more && w.add_last) v += load(more + x);
+      store(to + x, v);
+      if (x + L == w.columns) break;
+      x = x + 2 * L <= w.columns ? x + L : w.columns - L;  // the last vector may overlap the one before it
+    }
+  }
+}
+
+void write(const Writer& w, int32_t channel, const float* tile) {
+  switch (w.activation) {
+    case NONE: return write_as<NONE>(w, channel, tile);
+    case RELU: return write_as<RELU>(w, channel, tile);
+    case RELU6: return write_as<RELU6>(w, channel, tile);
+    case SILU: return write_as<SILU>(w, channel, tile);
+    case GELU: return write_as<GELU>(w, channel, tile);
+    case GELU_TANH: return write_as<GELU_TANH>(w, channel, tile);
+    case HARDSWISH: return write_as<HARDSWISH>(w, channel, tile);
+    case HARDSIGMOID: return write_as<HARDSIGMOID>(w, channel, tile);
+    default: return write_as<SIGMOID>(w, channel, tile);
+  }
+}
+
+template <int T>
+void rows_of(const Rows& a) {
+  const float* weights = a.weights;
+  const uint16_t *offsets = a.offsets, *counts = a.counts;
+  alignas(64) float tile[(T + 1) * L] = {};
+  for (int32_t row = 0; row < a.n_rows; row++, counts += a.n_shifts) {
+    V sum[T];
+#pragma GCC unroll 32
+    for (int t = 0; t < T; t++) sum[t] = V{};
+    for (int32_t part = 0; part < a.n_shifts; part++) {
+      for (int32_t times = a.shifts[part]; times; times--) {
+#pragma GCC unroll 32
+        for (int t = T - 1; t > 0; t--) sum[t] = shifted(sum[t - 1], sum[t]);
+        sum[0] = shifted(V{}, sum[0]);
+      }
+      const int32_t n = counts[part];
+      for (int32_t i = 0; i < n; i++) {
+        const V* x = reinterpret_cast<const V*>(a.x) + offsets[i];
+        const V weight = all(weights[i]);
+#pragma GCC unroll 32
+        for (int t = 0; t < T; t++) sum[t] += weight * x[t];
+      }
+      weights += n;
+      offsets += n;
+    }
+    const uint32_t code = a.rows[row], channel = code & ~(FIRST | LAST);
+    V* sums = reinterpret_cast<V*>(a.sums + uint64_t(channel) * T * L);
+    if (!(code & FIRST)) {
+#pragma GCC unroll 32
+      for (int t = 0; t < T; t++) sum[t] += sums[t];
+    }
+    V* to = code & LAST ? reinterpret_cast<V*>(tile) : sums;
+#pragma GCC unroll 32
+    for (int t = 0; t < T; t++) to[t] = sum[t];
+    if (code & LAST) write(a.write, a.channels[channel], tile);
+  }
+}
+
+template <int T>
+void dispatch(int32_t vectors, const Rows& a) {
+  if (vectors >= T) return rows_of<T>(a);
+  if constexpr (T > 1) dispatch<T - 1>(vectors, a);
+}
+
+void rows(int32_t vectors, const Rows& a) { dispatch<LONGEST>(vectors, a); }
+
+INLINE void zero(float* to, int32_t n) {
+  for (int32_t i = 0; i < n; i++) to[i] = 0;
+}
+
+INLINE void copy_row(float* to, const float* from, int32_t n, int32_t stride) {
+  int32_t i = 0;
+  if (stride == 1) {
+    if (n < L) return copy_few(to, from, n);
+    for (; i + L <= n; i += L) store(to + i, load(from + i));
+    if (i < n) store(to + n - L, load(from + n - L));
+  } else if (stride == 2) {
+    for (; i + L < n; i += L) {  // the last one's neighbour may lie outside
+      V a = load(from + 2 * i), b = load(from + 2 * i + L);
+#if defined(__AVX__)
+      store(to + i, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+#else
+      store(to + i, __builtin_shufflevector(a, b, 0, 2, 4, 6));
+#endif
+    }
+    for (; i < n; i++) to[i] = from[2 * i];
+  } else {
+    for (; i < n; i++) to[i] = from[int64_t(stride) * i];
+  }
+}
+
+void copy(const Copy& c) {
+  float* to = c.to;
+  for (int32_t p = 0; p < c.n_planes; p++) {
+    const int32_t phase_y = c.planes[3 * p + 1], phase_x = c.planes[3 * p + 2];
+    const float* plane = c.in + c.planes[3 * p] * c.in_plane;
+    // Columns of the block whose pixel is inside the input: 0 <= (x + q) stride + phase < width.
+    const int32_t inside = (c.width - phase_x + c.stride_x - 1) / c.stride_x;  // pixels of this phase
+    int32_t from = c.x < 0 ? -c.x : 0, end = inside - c.x;
+    if (end > c.columns) end = c.columns;
+    if (from > end) from = end = 0;
+    for (int32_t r = 0; r < c.rows; r++, to += c.pitch) {
+      const int64_t y = int64_t(c.y + r) * c.stride_y + phase_y;
+      if (c.y + r < 0 || y >= c.height || from == end) {
+        zero(to, c.pitch);
+        continue;
+      }
+      zero(to, from);
+      copy_row(to + from, plane + y * c.width + int64_t(c.x + from) * c.stride_x + phase_x, end - from, c.stride_x);
+      zero(to + end, c.pitch - end);
+    }
+  }
+}
+
+#define GOSSAMER_QUOTED_(x) #x
+#define GOSSAMER_QUOTED(x) GOSSAMER_QUOTED_(x)
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {GOSSAMER_QUOTED(GOSSAMER_ISA), L, LONGEST, rows, copy};
+
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

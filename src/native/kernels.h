@@ -1,0 +1,63 @@
+// What is compiled once per instruction set. No std header here or in kernels.cpp: an inline function of the standard
+// library that is compiled with wide vectors in one file and without in another may be kept in either form.
+#pragma once
+#include <stdint.h>
+
+namespace gossamer {
+
+// What follows the sum: y = act(x + bias + residual), or act(x + bias) + residual.
+enum Activation : int32_t { NONE, RELU, RELU6, SILU, GELU, GELU_TANH, HARDSWISH, HARDSIGMOID, SIGMOID, N_ACTIVATIONS };
+
+// The rows of a tile that are written, and where to.
+struct Writer {
+  float* out;             // of the first output channel at the tile's first pixel
+  const float* residual;  // the same place in another tensor of the output's shape, or null
+  const float* bias;      // one a channel, or null
+  int64_t plane;          // floats from one channel to the next
+  int32_t pitch;          // floats from one row to the next, in out
+  int32_t rows, columns;  // of the tile that are inside the output
+  int32_t tile_pitch, first;  // floats from one row to the next in the tile, and where its first pixel is
+  int32_t activation, add_last;
+};
+
+// A group of output channels over a block of input planes, for one tile.
+struct Rows {
+  const float* x;           // the block's planes, aligned
+  const float* weights;     // in the order in which they are used
+  const uint16_t* offsets;  // of the input vector that each one meets, in vectors
+  const uint16_t* counts;   // n_shifts a row: how many weights before the next shift
+  const uint32_t* rows;     // channel in the group, and two flags
+  const int32_t* channels;  // channel in the group -> output channel
+  const uint8_t* shifts;    // how far to shift before each part
+  float* sums;              // tile of each channel in the group
+  int32_t n_rows, n_shifts;
+  Writer write;
+};
+
+constexpr uint32_t FIRST = 1u << 31, LAST = 1u << 30;  // of the blocks that a channel has weights in
+
+// How the planes of a block come out of the input.
+struct Copy {
+  const float* in;   // the image
+  float* to;         // the block, aligned
+  const int32_t* planes;  // channel, row phase, column phase of each
+  int64_t in_plane;  // floats from one channel to the next
+  int32_t n_planes, height, width;  // of the input
+  int32_t stride_y, stride_x;
+  int32_t y, x;              // of the block's first pixel, in the coordinates of a phase; may lie outside
+  int32_t rows, columns, pitch;  // of a plane in the block; columns are copied, the rest of the pitch is zero
+};
+
+struct Kernels {
+  const char* name;
+  int32_t lanes;     // floats a vector
+  int32_t longest;   // vectors a tile, at most
+  void (*rows)(int32_t vectors, const Rows&);
+  void (*copy)(const Copy&);
+};
+
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+}  // namespace gossamer

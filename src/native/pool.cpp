@@ -1,0 +1,128 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#define RELAX() __builtin_ia32_pause()
+#else
+#define RELAX() std::this_thread::yield()
+#endif
+
+namespace gossamer {
+namespace {
+
+constexpr int SPINS = 4000;  // some tens of microseconds, which is what lies between two layers
+
+// One job at a time. `ticket` holds the job's number above and the next item below, so that an item can only be claimed
+// of the job that the thread has read; once it is claimed the job stays until it is done.
+class Pool {
+ public:
+  bool run(int64_t n, int threads, const std::function<void(int64_t)>& work) {
+    if (!busy_.try_lock()) return false;
+    std::lock_guard<std::mutex> one(busy_, std::adopt_lock);
+    grow(threads - 1);
+    n_.store(n, std::memory_order_relaxed);
+    work_.store(&work, std::memory_order_relaxed);
+    limit_.store(threads - 1, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    const uint64_t job = ((ticket_.load(std::memory_order_relaxed) >> 32) + 1) & 0xffffffff;
+    ticket_.store(job << 32, std::memory_order_release);
+    if (sleeping_.load(std::memory_order_seq_cst)) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    take(job);
+    while (done_.load(std::memory_order_acquire) < n) RELAX();
+    // Closed: else a thread that is late could claim an item of it by the next job's n.
+    ticket_.store((job << 32) | 0xffffffff, std::memory_order_release);
+    return true;
+  }
+
+  ~Pool() {
+    stop_.store(true);
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    for (auto& thread : threads_) thread.join();
+  }
+
+ private:
+  void grow(int n) {
+    while (int(threads_.size()) < n) threads_.emplace_back([this, i = int(threads_.size())] { live(i); });
+  }
+
+  void take(uint64_t job) {
+    uint64_t now = ticket_.load(std::memory_order_acquire);
+    while (now >> 32 == job) {
+      const int64_t item = int64_t(now & 0xffffffff);
+      if (item >= n_.load(std::memory_order_relaxed)) return;
+      if (!ticket_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
+      (*work_.load(std::memory_order_relaxed))(item);
+      done_.fetch_add(1, std::memory_order_acq_rel);
+      now = ticket_.load(std::memory_order_acquire);
+    }
+  }
+
+  void live(int i) {
+    uint64_t seen = 0;
+    for (;;) {
+      uint64_t now = 0;
+      int spins = 0;
+      while ((now = ticket_.load(std::memory_order_acquire) >> 32) == seen && !stop_.load(std::memory_order_relaxed)) {
+        if (++spins < SPINS) {
+          RELAX();
+          continue;
+        }
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(lock, [&] { return ticket_.load() >> 32 != seen || stop_.load(); });
+        sleeping_.fetch_sub(1);
+        spins = 0;
+      }
+      if (stop_.load(std::memory_order_relaxed)) return;
+      seen = now;
+      if (i < limit_.load(std::memory_order_relaxed)) take(now);
+    }
+  }
+
+  std::mutex busy_, sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> threads_;
+  std::atomic<uint64_t> ticket_{0};
+  std::atomic<int64_t> n_{0}, done_{0};
+  std::atomic<const std::function<void(int64_t)>*> work_{nullptr};
+  std::atomic<int> limit_{0}, sleeping_{0};
+  std::atomic<bool> stop_{false};
+};
+
+int64_t process() { return int64_t(getpid()); }
+
+}  // namespace
+
+void share(int64_t n, int threads, const std::function<void(int64_t)>& work) {
+  // Never freed: a thread of the program may still be in a run when it exits. A forked child has none of the threads,
+  // and a pool of its own.
+  static std::atomic<Pool*> pool{nullptr};
+  static std::atomic<int64_t> owner{0};
+  if (threads > 1 && n > 1) {
+    if (owner.load() != process()) {
+      static std::mutex making;
+      std::lock_guard<std::mutex> lock(making);
+      if (owner.load() != process()) {
+        pool.store(new Pool);
+        owner.store(process());
+      }
+    }
+    if (pool.load()->run(n, threads, work)) return;
+  }
+  for (int64_t i = 0; i < n; i++) work(i);
+}
+
+}  // namespace gossamer
