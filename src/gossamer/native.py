@@ -41,6 +41,8 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_plan_free", None, (c_void_p,)),
     ("gossamer_plan_info", None, (c_void_p, c_void_p)),
     ("gossamer_run", c_int32, (c_void_p, c_int64, c_int32)),
+    ("gossamer_run_tokens", c_int32, (c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32)),
+    ("gossamer_max_pool", c_int32, (c_void_p, c_void_p, c_int64, c_void_p, c_int32)),
     ("gossamer_count_bits", c_int64, (c_void_p, c_int64)),
     ("gossamer_count_gaps", c_int64, (c_void_p, c_int64, POINTER(c_int64))),
     ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),

@@ -436,3 +436,50 @@ int32_t gossamer_run(const GossamerStep* steps, int64_t n, int32_t threads) {
   }
   return 0;
 }
+
+int32_t gossamer_run_tokens(
+    const GossamerLayer* layer, const float* in, float* out, int64_t tokens, int32_t activation, int32_t threads) {
+  const Shape& s = layer->s;
+  const int64_t rows = 64;
+  const Kernels* kernels = supported(0);
+  share(up(s.out, rows), threads, [&](int64_t item) {
+    Tokens t{};
+    t.weights = layer->values.data();
+    t.places = layer->places.data();
+    t.starts = layer->starts.data();
+    t.bias = layer->bias.empty() ? nullptr : layer->bias.data();
+    t.in = in;
+    t.out = out;
+    t.in_features = s.in;
+    t.out_features = s.out;
+    t.first = item * rows;
+    t.last = std::min<int64_t>(s.out, t.first + rows);
+    t.tokens = int32_t(tokens);
+    t.activation = activation;
+    kernels->tokens(t);
+  });
+  return 0;
+}
+
+int32_t gossamer_max_pool(const float* in, float* out, int64_t planes, const int32_t* shape, int32_t threads) {
+  std::atomic<int32_t> failed{0};
+  const Kernels* kernels = supported(0);
+  // Some planes to an item, since one may be small.
+  const int64_t each = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, int64_t(shape[0]) * shape[1]));
+  share(up(planes, each), threads, [&](int64_t item) {
+    static thread_local Scratch row;
+    try {
+      Pool p{};
+      p.row = row.at_least(shape[1] + 64);
+      std::memcpy(&p.height, shape, 10 * sizeof(int32_t));
+      for (int64_t i = item * each; i < std::min(planes, (item + 1) * each); i++) {
+        p.in = in + i * shape[0] * shape[1];
+        p.out = out + i * shape[2] * shape[3];
+        kernels->max_pool(p);
+      }
+    } catch (const std::bad_alloc&) {
+      failed.store(1);
+    }
+  });
+  return failed.load();
+}

@@ -36,5 +36,11 @@ GOSSAMER_API GossamerPlan* gossamer_plan_new(
 GOSSAMER_API void gossamer_plan_free(GossamerPlan*);
 // vectors a row, rows a tile, columns a tile, tiles across, tiles down, planes a block, blocks, groups of channels
 GOSSAMER_API void gossamer_plan_info(const GossamerPlan*, int64_t out[8]);
-// 0, or 1 where memory is short.
+// These give 0, or 1 where memory is short.
 GOSSAMER_API int32_t gossamer_run(const GossamerStep* steps, int64_t n, int32_t threads);
+// A layer of 1×1 kernels as a linear one, for few tokens: [tokens, in channels] -> [tokens, out channels].
+GOSSAMER_API int32_t gossamer_run_tokens(
+    const GossamerLayer*, const float* in, float* out, int64_t tokens, int32_t activation, int32_t threads);
+// shape: height, width, out height, out width, kernel (y, x), stride (y, x), padding (y, x)
+GOSSAMER_API int32_t gossamer_max_pool(
+    const float* in, float* out, int64_t planes, const int32_t* shape, int32_t threads);

@@ -73,12 +73,12 @@ INLINE V tangent(V x) {  // tanh
   return pick(x != x, x, (e - 1.0f) / (e + 1.0f));
 }
 
-// erf to 1.5e-7 (Abramowitz and Stegun 7.1.26).
-INLINE V error_function(V x) {
-  V a = pick(x < V{}, -x, x), t = 1.0f / (1.0f + 0.3275911f * a);
+// The normal distribution's function, by 1 - erf to 1.5e-7 (Abramowitz and Stegun 7.1.26), which is small where x is.
+INLINE V normal(V x) {
+  V a = pick(x < V{}, -x, x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a);
   V p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-  V y = 1.0f - p * exponential(-a * a);
-  return pick(x < V{}, -y, y);
+  V tail = 0.5f * p * exponential(-a * a);
+  return pick(x < V{}, tail, 1.0f - tail);
 }
 
 INLINE V activated(V v, int32_t kind) {
@@ -86,7 +86,7 @@ INLINE V activated(V v, int32_t kind) {
     case RELU: return at_least(v, 0.0f);
     case RELU6: return at_most(at_least(v, 0.0f), 6.0f);
     case SILU: return v * sigmoid(v);
-    case GELU: return 0.5f * v * (1.0f + error_function(v * 0.70710678f));
+    case GELU: return v * normal(v);
     case GELU_TANH: return 0.5f * v * (1.0f + tangent(0.79788456f * (v + 0.044715f * v * v * v)));
     case HARDSWISH: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
     case HARDSIGMOID: return at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
@@ -252,13 +252,75 @@ void copy(const Copy& c) {
   }
 }
 
+// As torch has it: nan is larger than anything.
+INLINE V larger(V a, V b) { return pick((a > b) | (a != a), a, b); }
+
+void max_pool(const Pool& p) {
+  for (int32_t y = 0; y < p.out_height; y++) {
+    int32_t top = y * p.stride_y - p.pad_y, bottom = top + p.kernel_y;
+    if (top < 0) top = 0;
+    if (bottom > p.height) bottom = p.height;
+    // Down each column first, which is contiguous, and then along the row.
+    const float* in = p.in + int64_t(top) * p.width;
+    int32_t x = 0;
+    for (; x + L <= p.width; x += L) {
+      V v = load(in + x);
+      for (int32_t k = 1; k < bottom - top; k++) v = larger(load(in + int64_t(k) * p.width + x), v);
+      store(p.row + x, v);
+    }
+    for (; x < p.width; x++) {
+      float v = in[x];
+      for (int32_t k = 1; k < bottom - top; k++) {
+        const float other = in[int64_t(k) * p.width + x];
+        v = other > v || other != other ? other : v;
+      }
+      p.row[x] = v;
+    }
+    float* out = p.out + int64_t(y) * p.out_width;
+    for (int32_t i = 0; i < p.out_width; i++) {
+      int32_t left = i * p.stride_x - p.pad_x, right = left + p.kernel_x;
+      if (left < 0) left = 0;
+      if (right > p.width) right = p.width;
+      float v = p.row[left];
+      for (int32_t k = left + 1; k < right; k++) v = p.row[k] > v || p.row[k] != p.row[k] ? p.row[k] : v;
+      out[i] = v;
+    }
+  }
+}
+
+void tokens(const Tokens& t) {
+  for (int32_t token = 0; token < t.tokens; token++) {
+    const float* in = t.in + token * t.in_features;
+    float* out = t.out + token * t.out_features;
+    for (int64_t row = t.first; row < t.last; row += L) {
+      float sums[L] = {}, few[L];
+      const int32_t here = t.last - row < L ? int32_t(t.last - row) : L;
+      for (int32_t i = 0; i < here; i++) {
+        float a = 0, b = 0, c = 0, d = 0;  // four sums, so that one addition need not wait for the other
+        int64_t j = t.starts[row + i];
+        const int64_t end = t.starts[row + i + 1];
+        for (; j + 4 <= end; j += 4) {
+          a += t.weights[j] * in[t.places[j]];
+          b += t.weights[j + 1] * in[t.places[j + 1]];
+          c += t.weights[j + 2] * in[t.places[j + 2]];
+          d += t.weights[j + 3] * in[t.places[j + 3]];
+        }
+        for (; j < end; j++) a += t.weights[j] * in[t.places[j]];
+        sums[i] = (a + b) + (c + d) + (t.bias ? t.bias[row + i] : 0);
+      }
+      store(few, activated(load(sums), t.activation));
+      for (int32_t i = 0; i < here; i++) out[row + i] = few[i];
+    }
+  }
+}
+
 #define GOSSAMER_QUOTED_(x) #x
 #define GOSSAMER_QUOTED(x) GOSSAMER_QUOTED_(x)
 
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {GOSSAMER_QUOTED(GOSSAMER_ISA), L, LONGEST, rows, copy};
+const Kernels kernels = {GOSSAMER_QUOTED(GOSSAMER_ISA), L, LONGEST, rows, copy, max_pool, tokens};
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer

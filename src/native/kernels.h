@@ -48,12 +48,34 @@ struct Copy {
   int32_t rows, columns, pitch;  // of a plane in the block; columns are copied, the rest of the pitch is zero
 };
 
+// The largest of each window, plane by plane.
+struct Pool {
+  const float* in;  // of one plane
+  float* out;
+  float* row;  // scratch of width + 2 vectors
+  int32_t height, width, out_height, out_width;
+  int32_t kernel_y, kernel_x, stride_y, stride_x, pad_y, pad_x;
+};
+
+// Few tokens through a linear layer: the weights of a row that are not zero, times what they meet.
+struct Tokens {
+  const float *weights, *in;  // in: [tokens, in features]
+  const int32_t* places;      // of each weight, in its row
+  const int64_t* starts;      // of each row's weights
+  const float* bias;
+  float* out;  // [tokens, out features]
+  int64_t in_features, out_features, first, last;  // rows [first, last)
+  int32_t tokens, activation;
+};
+
 struct Kernels {
   const char* name;
   int32_t lanes;     // floats a vector
   int32_t longest;   // vectors a tile, at most
   void (*rows)(int32_t vectors, const Rows&);
   void (*copy)(const Copy&);
+  void (*max_pool)(const Pool&);
+  void (*tokens)(const Tokens&);
 };
 
 namespace baseline { extern const Kernels kernels; }

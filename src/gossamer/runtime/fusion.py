@@ -1,0 +1,197 @@
+"""A captured graph, with convolutions and linear layers taken together with what follows them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from gossamer.runtime.operators import Convolution, Geometry, Linear, MaxPool
+
+_ATEN = torch.ops.aten
+_ACTIVATIONS: Mapping[Any, str] = MappingProxyType(
+    {
+        _ATEN.relu.default: "relu",
+        _ATEN.relu6.default: "relu6",
+        _ATEN.silu.default: "silu",
+        _ATEN.hardswish.default: "hardswish",
+        _ATEN.hardsigmoid.default: "hardsigmoid",
+        _ATEN.sigmoid.default: "sigmoid",
+    }
+)
+
+
+def fuse(graph: GraphModule) -> list[str]:
+    """Replaces each convolution and linear layer, and the normalisation, addition and activation that follow it alone.
+
+    Args:
+        graph: of ATen operators, as torch.export gives it; it is changed.
+
+    Returns:
+        The names of the modules that took their place, in the graph's order.
+    """
+    names: list[str] = []
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in list(graph.graph.nodes):
+        made = _convolution(graph, node, order) or _linear(graph, node) or _max_pool(node)
+        if made is None:
+            continue
+        module, last, inputs, name = made
+        name = _free(graph, name)
+        graph.add_submodule(name, module)
+        with graph.graph.inserting_before(last):
+            new = graph.graph.call_module(name, tuple(inputs))
+        new.meta.update({key: last.meta[key] for key in ("val",) if key in last.meta})
+        last.replace_all_uses_with(new)
+        order[new] = order[last]
+        names.append(name)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    _drop_unused(graph)
+    graph.recompile()
+    return names
+
+
+def _convolution(graph: GraphModule, node: Node, order: Mapping[Node, int]) -> Any:
+    if node.op != "call_function" or node.target is not _ATEN.conv2d.default:
+        return None
+    x, weight, bias, stride, padding, dilation, groups = _arguments(node, (None, None, None, 1, 0, 1, 1))
+    tensor = _constant(graph, weight)
+    shift = None if bias is None else _constant(graph, bias)
+    if tensor is None or tensor.dtype != torch.float32 or (bias is not None and shift is None):
+        return None
+    last, (tensor, shift) = _fold_norm(graph, node, tensor, shift)
+    inputs, add_last = [x], False
+    added = _added(last, order)
+    if added is not None:
+        inputs.append(added[1])
+        last = added[0]
+    activated = _activation(last)
+    activation = "none"
+    if activated is not None:
+        last, activation = activated
+        if len(inputs) == 1 and (added := _added(last, order)) is not None:
+            last, add_last = added[0], True
+            inputs.append(added[1])
+    geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), int(groups))
+    module = Convolution(tensor, shift, geometry, activation, add_last=add_last)
+    return module, last, inputs, _layer_name(weight)
+
+
+def _linear(graph: GraphModule, node: Node) -> Any:
+    if node.op != "call_function" or node.target is not _ATEN.linear.default:
+        return None
+    x, weight, bias = _arguments(node, (None, None, None))
+    tensor = _constant(graph, weight)
+    shift = None if bias is None else _constant(graph, bias)
+    if tensor is None or tensor.dtype != torch.float32 or tensor.ndim != 2 or (bias is not None and shift is None):
+        return None
+    last, activation = _activation(node) or (node, "none")
+    return Linear(tensor, shift, activation), last, [x], _layer_name(weight)
+
+
+def _max_pool(node: Node) -> Any:
+    if node.op != "call_function" or node.target is not _ATEN.max_pool2d.default:
+        return None
+    x, kernel, stride, padding, dilation, ceil = _arguments(node, (None, None, [], 0, 1, False))
+    if _pair(dilation) != (1, 1):
+        return None
+    module = MaxPool(_pair(kernel), _pair(stride or kernel), _pair(padding), bool(ceil))
+    return module, node, [x], node.name
+
+
+def _arguments(node: Node, defaults: tuple[Any, ...]) -> list[Any]:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
+
+
+def _fold_norm(graph: GraphModule, node: Node, weight: Tensor, bias: Tensor | None) -> tuple[Node, Any]:
+    """Takes a BatchNorm that follows alone into the weights: w·γ/√(σ²+ε), (b-μ)·γ/√(σ²+ε)+β. Zeros stay zeros."""
+    norm = _only_user(node)
+    if norm is None or norm.target is not _ATEN._native_batch_norm_legit_no_training.default:
+        return node, (weight, bias)
+    scale, shift, mean, variance = (None if a is None else _constant(graph, a) for a in norm.args[1:5])
+    item = _only_user(norm)
+    is_first = item is not None and item.target is operator.getitem and item.args[1] == 0
+    if item is None or not is_first or mean is None or variance is None:
+        return node, (weight, bias)
+    factor = (variance.double() + float(norm.args[6])).rsqrt()  # type: ignore[arg-type]
+    factor = factor if scale is None else factor * scale.double()
+    offset = -mean.double() if bias is None else bias.double() - mean.double()
+    offset = offset * factor if shift is None else offset * factor + shift.double()
+    return item, ((weight.double() * factor.view(-1, 1, 1, 1)).float(), offset.float())
+
+
+def _added(node: Node, order: Mapping[Node, int]) -> tuple[Node, Node] | None:
+    """The addition that follows alone, of two tensors of one shape, and the other one."""
+    add = _only_user(node)
+    if add is None or add.target is not _ATEN.add.Tensor or add.kwargs or len(add.args) != 2:
+        return None
+    a, b = add.args
+    other = b if a is node else a
+    if not isinstance(other, Node) or other is node:
+        return None
+    shapes = [getattr(n.meta.get("val"), "shape", None) for n in (node, other, add)]
+    if shapes[0] is None or not shapes[0] == shapes[1] == shapes[2] or other.meta["val"].dtype != torch.float32:
+        return None
+    return add, other
+
+
+def _activation(node: Node) -> tuple[Node, str] | None:
+    user = _only_user(node)
+    if user is None:
+        return None
+    if user.target in _ACTIVATIONS:
+        return user, _ACTIVATIONS[user.target]
+    if user.target is _ATEN.hardtanh.default and tuple(user.args[1:]) == (0.0, 6.0):
+        return user, "relu6"
+    if user.target is _ATEN.gelu.default:
+        return user, "gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"
+    return None
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _constant(graph: GraphModule, node: Any) -> Tensor | None:
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value: Any = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _layer_name(weight: Node) -> str:
+    return str(weight.target).removesuffix(".weight").replace(".", "_")
+
+
+def _free(graph: GraphModule, name: str) -> str:
+    name = f"gossamer_{name}"
+    while hasattr(graph, name):
+        name += "_"
+    return name
+
+
+def _drop_unused(graph: GraphModule) -> None:
+    """Lets go of parameters that nothing reads any more, such as weights that were folded."""
+    used = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    ours = tuple(f"{n}." for n, m in graph.named_modules() if isinstance(m, (Convolution, Linear)))
+    for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
+        if name in used or name.startswith(ours):
+            continue
+        *path, leaf = name.split(".")
+        holder: nn.Module = graph.get_submodule(".".join(path))
+        delattr(holder, leaf)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, *rest = value if isinstance(value, (list, tuple)) else [value]
+    return int(first), int(rest[0] if rest else first)
