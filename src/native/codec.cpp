@@ -23,7 +23,7 @@ void expand_bits(const uint8_t* bits, int64_t n, const T* values, int64_t n_valu
 
 template <class T>
 void expand_gaps(const uint8_t* gaps, int64_t n_gaps, int64_t n, const T* values, T* out) {
-  std::memset(out, 0, size_t(n) * sizeof(T));
+  if (n) std::memset(out, 0, size_t(n) * sizeof(T));
   int64_t at = 0;
   for (int64_t i = 0; i < n_gaps; i++) {
     at += gaps[i];

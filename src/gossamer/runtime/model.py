@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.native import native
 from gossamer.runtime.fusion import fuse
-from gossamer.runtime.operators import Convolution, Linear
+from gossamer.runtime.operators import Convolution, Geometry, Linear, MaxPool
+
+_GRAPHS = 4
+"""Captures that a network keeps, beside the first, for inputs that need one of their own."""
+_OURS = (Convolution, Linear, MaxPool)
 
 
 @dataclass(frozen=True)
@@ -87,19 +93,30 @@ class CompiledModel(nn.Module):
     """What `compile` gives.
 
     Args:
-        model: the network; kept, to be captured anew for inputs of a kind that the first capture does not cover.
+        model: the network; kept, to be captured anew for inputs that the first capture does not cover.
         arguments: example inputs.
     """
 
     def __init__(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
         super().__init__()
-        self.graph = _captured(model, arguments)
-        self.layers = fuse(self.graph)
-        for name in self.layers:
-            conv = _conv_of(self.graph.get_submodule(name))
-            if conv is not None:
-                conv.is_sparse = runs_sparse(conv)
+        self._model = (model,)  # in a tuple, so that it is no part of this one
+        self._graphs: OrderedDict[Any, nn.Module] = OrderedDict()
         self.training = False
+        with torch.no_grad():
+            try:
+                self.graph = _graph_of(model, arguments)
+            except _NotCapturedError as error:
+                try:
+                    model(*arguments)
+                except Exception as wrong:
+                    raise ArgumentError(f"the network does not run on the example inputs: {wrong}") from wrong
+                warnings.warn(
+                    f"the network cannot be captured by torch.export ({error}), so its layers run one by one, without "
+                    "what follows them",
+                    GossamerWarning,
+                    stacklevel=4,
+                )
+                self.graph = _replaced(model)
 
     def train(self, mode: bool = True) -> CompiledModel:
         """It is compiled for inference and stays so.
@@ -114,7 +131,28 @@ class CompiledModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives."""
         with torch.no_grad():
-            return self.graph(*args, **kwargs)
+            if not self._graphs:
+                try:
+                    return self.graph(*args, **kwargs)
+                except AssertionError:  # the capture's guards: these inputs are of another kind
+                    pass
+            key = tuple(a.shape if isinstance(a, Tensor) else a for a in (*args, *sorted(kwargs.items())))
+            return self._graph_for(key, args, kwargs)(*args, **kwargs)
+
+    def _graph_for(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+        graph = self._graphs.get(key)
+        if graph is None:
+            try:
+                graph = _graph_of(self._model[0], args, kwargs)
+            except _NotCapturedError:
+                graph = self._model[0]
+            self._graphs[key] = graph
+            while len(self._graphs) > _GRAPHS:
+                self._graphs.popitem(last=False)
+        return graph
+
+    def __str__(self) -> str:
+        return _table(self.explain())
 
     def explain(self, *args: Any) -> list[PlanRow]:
         """What runs where, why, and at what sparsity.
@@ -125,14 +163,30 @@ class CompiledModel(nn.Module):
         Returns:
             One row a layer or operator, in order.
         """
-        shares = _shares(self.graph, args) if args else {}
+        graph = self.graph
+        if not isinstance(graph, GraphModule):
+            inner = {id(m.conv) for m in graph.modules() if isinstance(m, Linear)}
+            return [_row(n, m, None) for n, m in graph.named_modules() if isinstance(m, _OURS) and id(m) not in inner]
+        shares = _shares(graph, args) if args else {}
         rows: list[PlanRow] = []
-        for node in self.graph.graph.nodes:
-            if node.op == "call_module" and str(node.target) in self.layers:
-                rows.append(_row(str(node.target), self.graph.get_submodule(str(node.target)), shares.get(node.name)))
+        for node in graph.graph.nodes:
+            share = shares.get(node.name)
+            if node.op == "call_module" and isinstance(layer := graph.get_submodule(str(node.target)), _OURS):
+                rows.append(_row(str(node.target), layer, share))
             elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-                rows.append(PlanRow(node.name, str(node.target), "torch", "no kernel", None, shares.get(node.name)))
+                rows.append(PlanRow(node.name, str(node.target), "torch", "no kernel", None, share))
         return rows
+
+
+def _table(rows: Sequence[PlanRow]) -> str:
+    width = max([len(r.name) for r in rows] + [5])
+    lines = [f"{'Layer':<{width}}  {'Runs':<8} {'Zeros':>7} {'Time':>7}  Operator"]
+    lines.append("-" * len(lines[0]))
+    for r in rows:
+        zeros = "" if r.sparsity is None else f"{r.sparsity:.1f}%"
+        share = "" if r.share is None else f"{r.share:.1f}%"
+        lines.append(f"{r.name:<{width}}  {r.runs:<8} {zeros:>7} {share:>7}  {r.op}")
+    return "\n".join(lines)
 
 
 def _conv_of(layer: nn.Module) -> Convolution | None:
@@ -162,23 +216,69 @@ _WORTH = 40.0
 """Percent of zeros from which on a layer runs sparse. Dense kernels need no offsets, and reuse what they load."""
 
 
-def _captured(model: nn.Module, arguments: tuple[Any, ...]) -> GraphModule:
+class _NotCapturedError(Exception):
+    """torch.export could not make a graph of the network."""
+
+
+def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> GraphModule:
+    graph = _captured(model, args, kwargs or {})
+    fuse(graph)
+    for module in graph.modules():
+        if isinstance(module, Convolution):
+            module.is_sparse = runs_sparse(module)
+    return graph
+
+
+def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
     # A batch of one would be taken for a constant, so it is captured with two.
     doubled = tuple(
-        a.repeat(2, *[1] * (a.ndim - 1)) if isinstance(a, Tensor) and a.ndim and len(a) == 1 else a for a in arguments
+        a.repeat(2, *[1] * (a.ndim - 1)) if isinstance(a, Tensor) and a.ndim and len(a) == 1 else a for a in args
     )
-    for given, shapes in ((doubled, _dynamic(doubled)), (arguments, None)):
+    failed = ""
+    for given, shapes in ((doubled, _dynamic(doubled)), (args, None)):
         try:
-            with torch.no_grad():
-                program: ExportedProgram = export(model, given, dynamic_shapes=shapes, strict=False)
-                graph: Any = program.run_decompositions({}).module()
-        except Exception as error:
-            if shapes is None:
-                words = str(error).splitlines()[0]
-                raise ArgumentError(f"the network cannot be captured by torch.export: {words}") from error
+            program: ExportedProgram = export(
+                model, given, kwargs, dynamic_shapes=None if kwargs else shapes, strict=False
+            )
+            graph: Any = program.run_decompositions({}).module()
+        except Exception as error:  # anything at all, from anywhere in PyTorch or the network
+            failed = str(error).splitlines()[0] if str(error) else type(error).__name__
         else:
             return graph
-    raise AssertionError
+    raise _NotCapturedError(failed)
+
+
+def _replaced(model: nn.Module) -> nn.Module:
+    """A copy of a network with its layers replaced one by one; it keeps its own code, hooks and all."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        layer = _layer_of(module)
+        if layer is None or not name:
+            continue
+        where, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(where), leaf, layer)
+    return model
+
+
+def _two(sizes: Sequence[int]) -> tuple[int, int]:
+    vertical, horizontal = sizes
+    return vertical, horizontal
+
+
+def _layer_of(module: nn.Module) -> nn.Module | None:
+    if module._forward_hooks or module._forward_pre_hooks or any(p.dtype != torch.float32 for p in module.parameters()):
+        return None
+    if type(module) is nn.Linear:
+        linear = Linear(module.weight, module.bias)
+        linear.conv.is_sparse = runs_sparse(linear.conv)
+        return linear
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        padding: Any = module.padding
+        geometry = Geometry(_two(module.stride), _two(padding), _two(module.dilation), module.groups)
+        conv = Convolution(module.weight, module.bias, geometry)
+        conv.is_sparse = runs_sparse(conv)
+        return conv
+    return None
 
 
 def _dynamic(arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -1,0 +1,312 @@
+"""Compiled networks give what the networks give, whatever is in them."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from gossamer import ArgumentError, GossamerWarning, Sparsifier, StateError, runtime
+from gossamer.native import native
+from gossamer.runtime.operators import Convolution, Linear
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.export's own
+
+
+def double(i: int, o: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True),
+        nn.Conv2d(o, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True),
+    )  # fmt: skip
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep, self.up = double(3, 16), double(16, 32), nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.last, self.pool = nn.Sequential(double(32, 16), nn.Conv2d(16, 2, 1)), nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down(x)
+        return self.last(torch.cat([a, self.up(self.deep(self.pool(a)))], 1))
+
+
+class Bert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, activation="gelu", batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.embed(x))
+
+
+def image(size: int = 64) -> Tensor:
+    return torch.randn(1, 3, size, size)
+
+
+def vit() -> nn.Module:
+    return models.VisionTransformer(32, 8, 3, 4, 64, 128, num_classes=7)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "resnet18": (models.resnet18, image),
+    "resnet50": (models.resnet50, image),
+    "mobilenet_v2": (models.mobilenet_v2, image),
+    "mobilenet_v3": (models.mobilenet_v3_small, image),
+    "efficientnet_b0": (models.efficientnet_b0, image),
+    "densenet121": (models.densenet121, image),
+    "vgg11_bn": (models.vgg11_bn, lambda: image(32)),
+    "convnext_tiny": (models.convnext_tiny, image),
+    "vit": (vit, lambda: image(32)),
+    "unet": (UNet, lambda: image(32)),
+    "bert": (Bert, lambda: torch.randint(0, 50, (2, 12))),
+}
+
+
+def sparse_model(name: str, sparsity: float) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    for module in model.modules():  # so that folding has something to fold, and heads do not give zeros only
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.1)
+    if sparsity:
+        Sparsifier(model, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model(sparsity)
+    return model
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity"),
+    [(name, 90) for name in MODELS] + [("resnet18", s) for s in (0, 50, 99, 100)] + [("unet", s) for s in (0, 100)],
+)
+def test_networks_give_what_they_gave(name: str, sparsity: float) -> None:
+    model, example = sparse_model(name, sparsity), MODELS[name][1]()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    fast = runtime.compile(model, example)
+    with torch.no_grad():
+        for x in (example, torch.cat([example] * 3)):
+            assert error(fast(x), model(x)) < 1e-5
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    rows = fast.explain()
+    assert not any("batch_norm" in row.op for row in rows)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(row.op.startswith("conv2d") for row in rows) == len(convs)
+    if sparsity == 90 and native() is not None:
+        assert any(row.runs == "sparse" for row in rows)
+    if sparsity == 0:
+        assert not any(row.runs == "sparse" for row in rows)
+
+
+def test_images_of_other_sizes_and_batches_need_no_new_compilation() -> None:
+    model = sparse_model("resnet18", 90)
+    fast = runtime.compile(model, image())
+    with torch.no_grad():
+        for shape in ((1, 3, 64, 64), (5, 3, 64, 64), (2, 3, 96, 80), (1, 3, 33, 47)):
+            x = torch.randn(shape)
+            assert error(fast(x), model(x)) < 1e-5
+
+
+def test_a_network_with_fixed_shapes_is_compiled_for_them() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).reshape(1, -1)  # one image only
+
+    model = Fixed().eval()
+    fast = runtime.compile(model, image(8))
+    with torch.no_grad():
+        for x in (image(8), image(10), image(8), *(image(n) for n in range(11, 17))):
+            assert error(fast(x), model(x)) < 1e-5
+    assert len(fast._graphs) <= 4
+
+
+class Branch(nn.Module):
+    """Looks at the numbers, which no graph can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.two.register_forward_hook(lambda _, __, y: y + 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        if bool(y.mean() > 0):
+            y = self.two(y)
+        return self.head(y.mean((2, 3)))
+
+
+def test_a_network_that_no_graph_can_be_made_of_runs_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    model = Branch().eval()
+    Sparsifier(model, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model(80)
+    with pytest.warns(GossamerWarning, match="cannot be captured.*its layers run one by one"):
+        fast = runtime.compile(model, image(8))
+    with torch.no_grad():
+        for x in (image(8) + 5, image(9) - 5):
+            assert error(fast(x), model(x)) < 1e-5
+    assert [row.name for row in fast.explain()] == ["one", "head"]  # the other one has a hook
+
+
+def test_what_follows_a_layer_runs_with_it() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.norm, self.act = nn.BatchNorm2d(8), nn.SiLU()
+            self.three, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = (self.norm(self.one(x)) + x).relu()  # residual, then activation
+            y = x + self.act(self.two(y))  # activation, then residual
+            y = y + 1  # no residual: of another shape
+            y = self.three(y) * y.sigmoid().mean()
+            return nn.functional.gelu(self.fc(y.mean((2, 3))))
+
+    model = Block().eval()
+    fast = runtime.compile(model, torch.randn(2, 8, 9, 9))
+    ops = [row.op for row in fast.explain() if row.op.startswith(("conv2d", "linear"))]
+    assert ops == ["conv2d + relu", "conv2d + silu", "conv2d", "linear + gelu"]
+    convs = [m for m in fast.modules() if isinstance(m, Convolution)]
+    assert [c.add_last for c in convs[:2]] == [False, True]
+    x = torch.randn(3, 8, 9, 9)
+    with torch.no_grad():
+        assert error(fast(x), model(x)) < 1e-5
+
+
+def test_a_result_that_two_want_is_not_taken_into_one() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return y, y.relu()
+
+    model = Two().eval()
+    with torch.no_grad():
+        for got, want in zip(runtime.compile(model, image(8))(image(8)), model(image(8)), strict=True):
+            assert got.shape == want.shape
+        x = image(8)
+        for got, want in zip(runtime.compile(model, x)(x), model(x), strict=True):
+            assert error(got, want) < 1e-5
+
+
+def test_one_layer_used_twice_and_several_inputs() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor, y: Tensor, scale: float = 2.0) -> dict[str, Tensor]:
+            return {"a": self.conv(self.conv(x)) * scale, "b": self.conv(y)}
+
+    model = Twice().eval()
+    x, y = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 6, 6)
+    fast = runtime.compile(model, (x, y))
+    with torch.no_grad():
+        got, want = fast(x, y), model(x, y)
+    assert all(error(got[k], want[k]) < 1e-5 for k in want)
+
+
+def test_threads_of_the_program_can_share_a_network() -> None:
+    model = sparse_model("resnet18", 90)
+    fast = runtime.compile(model, image(32))
+    inputs = [torch.randn(i + 1, 3, 32, 32) for i in range(3)]
+    with torch.no_grad():
+        wants = [model(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        wrong.extend(i for _ in range(15) if error(fast(inputs[i]), wants[i]) > 1e-5)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_the_plan_says_what_runs_where_and_how_long_it_takes() -> None:
+    fast = runtime.compile(sparse_model("resnet18", 90), image())
+    rows = fast.explain(image())
+    assert sum(row.share for row in rows) == pytest.approx(100, abs=10)
+    assert rows[0].name == "gossamer_conv1"
+    assert rows[0].op == "conv2d + relu"
+    assert rows[0].sparsity == pytest.approx(90, abs=0.1)
+    text = str(fast)
+    assert "gossamer_layer4_1_conv2" in text
+    assert "sparse" in text
+
+
+def test_fastai_networks_compile() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fastai.vision.models.unet import DynamicUnet
+        from fastai.vision.models.xresnet import xresnet18
+
+    torch.manual_seed(0)
+    for model, x in (
+        (xresnet18(n_out=5), image(32)),
+        (DynamicUnet(nn.Sequential(*list(models.resnet18().children())[:-2]), 3, (32, 32)), image(32)),
+    ):
+        model.eval()
+        with torch.no_grad():
+            model(torch.cat([x, x]))
+            Sparsifier(model).sparsify_model(90)
+            fast = runtime.compile(model, x)
+            assert error(fast(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (3, "compile takes a torch.nn.Module, got a int"),
+        (nn.Conv2d(3, 4, 3), r"in training mode; compile\(model.eval\(\)"),
+        (nn.Conv2d(3, 4, 3, device="meta").eval(), "the network is on meta"),
+        (nn.Conv2d(5, 4, 3).eval(), "does not run on the example inputs"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(model: Any, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        runtime.compile(model, image(8))
+
+
+def test_a_compiled_network_is_not_trained() -> None:
+    fast = runtime.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout()).eval(), image(8))
+    assert fast.eval() is fast
+    with pytest.raises(StateError, match="cannot be trained"):
+        fast.train()
+    x = image(8)
+    assert torch.equal(fast(x), fast(x))
+    assert not fast(x.requires_grad_()).requires_grad
+
+
+def test_layers_run_dense_where_little_is_zero() -> None:
+    net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3, groups=16)).eval()
+    Sparsifier(net).sparsify_model({"0": 20, "1": 80, "2": 80})
+    fast = runtime.compile(net, torch.randn(1, 16, 12, 12))
+    assert [row.runs for row in fast.explain()] == ["dense", "sparse", "dense"]
+    assert not any(isinstance(m, Linear) for m in fast.modules())
