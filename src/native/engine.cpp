@@ -116,8 +116,10 @@ Tap tap(int32_t k, int32_t stride, int32_t padding, int32_t dilation) {
   return {int32_t(at - offset * stride), int32_t(offset)};
 }
 
-// How wide and how high a tile is: as many pixels as registers hold, with the least that is computed in vain.
-bool choose_tile(GossamerPlan& p, const Shape& s, int32_t x_first, int32_t x_last) {
+// How wide and how high a tile is: as many pixels as registers hold, with the least that is done in vain. Costs are in
+// vector operations, as they were found on a Zen 4; elsewhere they are about as much to each other.
+bool choose_tile(GossamerPlan& p, const Shape& s, int32_t x_first, int32_t x_last, int32_t n_phases) {
+  const double planes = double(s.in) * s.groups * n_phases, out = s.out, nonzero = double(p.layer->values.size());
   const int32_t lanes = p.kernels->lanes, longest = p.kernels->longest;
   const int32_t halo = x_last - x_first;
   double best = 1e300;
@@ -132,8 +134,12 @@ bool choose_tile(GossamerPlan& p, const Shape& s, int32_t x_first, int32_t x_las
     const int32_t most = std::min(longest / v, p.out_height), down = int32_t(up(p.out_height, most));
     const int32_t rows = int32_t(up(p.out_height, down));
     const int32_t t = v * rows;
-    // Vectors computed, what each weight costs besides (its broadcast, its offset), and the block's rows to copy.
-    const double cost = double(across) * down * ((t < 7 ? 7 : t) + 2.5 + 0.15 * v * (rows + p.n_dy - 1));
+    const double block_rows = rows + p.n_dy - 1, blocks = std::max(1.0, planes * block_rows * pitch * 4 / L1);
+    const double weights = nonzero * ((t < 7 ? 7 : t) + 2.5);             // a broadcast, an offset, t multiplications
+    const double copied = planes * block_rows * (3 + 1.5 * v);            // rows into the block
+    const double sums = out * (blocks - 1) * (2 * t + 20);                // kept from block to block
+    const double written = out * (30 + rows * (3 + 1.5 * v));             // rows into the output
+    const double cost = double(across) * down * (weights + copied + sums + written);
     if (cost < best) {
       best = cost;
       p.row_vectors = v;
@@ -391,7 +397,8 @@ GossamerPlan* gossamer_plan_new(
   }
   p->n_dy = y_last - p->y_first + 1;
   p->x_first = x_first;
-  if (x_last - x_first > 255 || !choose_tile(*p, s, x_first, x_last)) {
+  const int32_t n_phases = std::min(s.sy, s.kh) * std::min(s.sx, s.kw);
+  if (x_last - x_first > 255 || !choose_tile(*p, s, x_first, x_last, n_phases)) {
     *why = "the kernel is too wide";
     return nullptr;
   }

@@ -162,7 +162,10 @@ template <int T>
 void rows_of(const Rows& a) {
   const float* weights = a.weights;
   const uint16_t *offsets = a.offsets, *counts = a.counts;
-  alignas(64) float tile[(T + 1) * L] = {};
+  // Tiles that are done wait for a few others, since what was just stored in vectors cannot be loaded across them yet.
+  constexpr int WAITING = 4;
+  alignas(64) float tiles[WAITING][(T + 1) * L] = {};
+  int32_t waiting[WAITING], n_waiting = 0;
   for (int32_t row = 0; row < a.n_rows; row++, counts += a.n_shifts) {
     V sum[T];
 #pragma GCC unroll 32
@@ -189,11 +192,18 @@ void rows_of(const Rows& a) {
 #pragma GCC unroll 32
       for (int t = 0; t < T; t++) sum[t] += sums[t];
     }
-    V* to = code & LAST ? reinterpret_cast<V*>(tile) : sums;
+    V* to = code & LAST ? reinterpret_cast<V*>(tiles[n_waiting]) : sums;
 #pragma GCC unroll 32
     for (int t = 0; t < T; t++) to[t] = sum[t];
-    if (code & LAST) write(a.write, a.channels[channel], tile);
+    if (code & LAST) {
+      waiting[n_waiting++] = a.channels[channel];
+      if (n_waiting == WAITING) {
+        for (int i = 0; i < WAITING; i++) write(a.write, waiting[i], tiles[i]);
+        n_waiting = 0;
+      }
+    }
   }
+  for (int i = 0; i < n_waiting; i++) write(a.write, waiting[i], tiles[i]);
 }
 
 template <int T>
@@ -204,8 +214,18 @@ void dispatch(int32_t vectors, const Rows& a) {
 
 void rows(int32_t vectors, const Rows& a) { dispatch<LONGEST>(vectors, a); }
 
-INLINE void zero(float* to, int32_t n) {
-  for (int32_t i = 0; i < n; i++) to[i] = 0;
+// Whole vectors, from the one that holds `from` to the one before `to`.
+INLINE void zero(float* row, int32_t from, int32_t to) {
+  for (int32_t i = from / L * L; i < to; i += L) store(row + i, V{});
+}
+
+// Of 2L floats; there must be as many.
+INLINE V every_second(const float* from) {
+#if defined(__AVX__)
+  return __builtin_shufflevector(load(from), load(from + L), 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(load(from), load(from + L), 0, 2, 4, 6);
+#endif
 }
 
 INLINE void copy_row(float* to, const float* from, int32_t n, int32_t stride) {
@@ -216,12 +236,7 @@ INLINE void copy_row(float* to, const float* from, int32_t n, int32_t stride) {
     if (i < n) store(to + n - L, load(from + n - L));
   } else if (stride == 2) {
     for (; i + L < n; i += L) {  // the last one's neighbour may lie outside
-      V a = load(from + 2 * i), b = load(from + 2 * i + L);
-#if defined(__AVX__)
-      store(to + i, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-#else
-      store(to + i, __builtin_shufflevector(a, b, 0, 2, 4, 6));
-#endif
+      store(to + i, every_second(from + 2 * i));
     }
     for (; i < n; i++) to[i] = from[2 * i];
   } else {
@@ -242,18 +257,27 @@ void copy(const Copy& c) {
     for (int32_t r = 0; r < c.rows; r++, to += c.pitch) {
       const int64_t y = int64_t(c.y + r) * c.stride_y + phase_y;
       if (c.y + r < 0 || y >= c.height || from == end) {
-        zero(to, c.pitch);
+        zero(to, 0, c.pitch);
         continue;
       }
-      zero(to, from);
+      zero(to, 0, from);
+      zero(to, end, c.pitch);
       copy_row(to + from, plane + y * c.width + int64_t(c.x + from) * c.stride_x + phase_x, end - from, c.stride_x);
-      zero(to + end, c.pitch - end);
     }
   }
 }
 
 // As torch has it: nan is larger than anything.
 INLINE V larger(V a, V b) { return pick((a > b) | (a != a), a, b); }
+
+INLINE float largest(const Pool& p, int32_t i) {
+  int32_t left = i * p.stride_x - p.pad_x, right = left + p.kernel_x;
+  if (left < 0) left = 0;
+  if (right > p.width) right = p.width;
+  float v = p.row[left];
+  for (int32_t k = left + 1; k < right; k++) v = p.row[k] > v || p.row[k] != p.row[k] ? p.row[k] : v;
+  return v;
+}
 
 void max_pool(const Pool& p) {
   for (int32_t y = 0; y < p.out_height; y++) {
@@ -277,14 +301,20 @@ void max_pool(const Pool& p) {
       p.row[x] = v;
     }
     float* out = p.out + int64_t(y) * p.out_width;
-    for (int32_t i = 0; i < p.out_width; i++) {
-      int32_t left = i * p.stride_x - p.pad_x, right = left + p.kernel_x;
-      if (left < 0) left = 0;
-      if (right > p.width) right = p.width;
-      float v = p.row[left];
-      for (int32_t k = left + 1; k < right; k++) v = p.row[k] > v || p.row[k] != p.row[k] ? p.row[k] : v;
-      out[i] = v;
+    // Windows that lie inside, L at a time.
+    int32_t i = 0, inside = (p.width - p.kernel_x + p.pad_x) / p.stride_x + 1;
+    if (p.width + p.pad_x < p.kernel_x) inside = 0;
+    if (inside > p.out_width) inside = p.out_width;
+    if (p.stride_x <= 2) {
+      for (; i < inside && i * p.stride_x < p.pad_x; i++) out[i] = largest(p, i);
+      for (; i + L <= inside; i += L) {
+        const float* row = p.row + i * p.stride_x - p.pad_x;
+        V v = p.stride_x == 1 ? load(row) : every_second(row);
+        for (int32_t k = 1; k < p.kernel_x; k++) v = larger(p.stride_x == 1 ? load(row + k) : every_second(row + k), v);
+        store(out + i, v);
+      }
     }
+    for (; i < p.out_width; i++) out[i] = largest(p, i);
   }
 }
 
