@@ -1,0 +1,98 @@
+"""`torch.compile(model, backend="gossamer")`: the engine through PyTorch's own door."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from gossamer.runtime.model import CompiledModel
+
+_KEPT = 8
+"""Sets of weights that a graph keeps a compiled network for: Dynamo runs layers of one make through one graph."""
+
+
+def gossamer(graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What PyTorch's entry point 'torch_dynamo_backends' finds under the name 'gossamer'.
+
+    Weights are compiled in, and compiled anew once they have changed. Where gradients are wanted the graph runs as it
+    is, in PyTorch.
+
+    Args:
+        graph: as Dynamo captured it; parameters and buffers are among its inputs, or its own.
+        example_inputs: one a placeholder.
+
+    Returns:
+        A function of the same inputs.
+
+    Example:
+        >>> net = nn.Linear(4, 2).eval()
+        >>> fast = torch.compile(net, backend="gossamer")
+        >>> with torch.no_grad():
+        ...     bool(torch.allclose(fast(torch.ones(1, 4)), net(torch.ones(1, 4)), atol=1e-6))
+        True
+    """
+    fixed = [i for i, value in enumerate(example_inputs) if _is_fixed(value)]
+    free = [i for i in range(len(example_inputs)) if i not in fixed]
+    kept: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+
+    def run(*inputs: Any) -> Any:
+        if _wants_gradients(graph, inputs):
+            return graph(*inputs)
+        weights = [inputs[i] for i in fixed]
+        key = tuple(_mark(w) for w in (*weights, *graph.parameters(), *graph.buffers()))
+        compiled = kept.pop(key, None)
+        if compiled is None:
+            compiled = _compiled(graph, inputs, fixed, free)
+        kept[key] = compiled
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
+        return compiled(*[inputs[i] for i in free])
+
+    return torch._dynamo.disable(run)
+
+
+class _Bound(nn.Module):
+    """A graph with some of its inputs given."""
+
+    def __init__(self, graph: GraphModule, inputs: Sequence[Any], fixed: Sequence[int], free: Sequence[int]) -> None:
+        super().__init__()
+        self.graph, self._free, self._n = graph, free, len(inputs)
+        self._numbers = {i: inputs[i] for i in fixed if not isinstance(inputs[i], Tensor)}
+        self._tensors = [i for i in fixed if isinstance(inputs[i], Tensor)]
+        for i in self._tensors:
+            self.register_buffer(f"input{i}", inputs[i].detach())
+        self.eval()
+
+    def forward(self, *args: Any) -> Any:
+        values: dict[int, Any] = dict(zip(self._free, args, strict=True)) | self._numbers
+        values |= {i: getattr(self, f"input{i}") for i in self._tensors}
+        return self.graph(*[values[i] for i in range(self._n)])
+
+
+def _compiled(
+    graph: GraphModule, inputs: Sequence[Any], fixed: Sequence[int], free: Sequence[int]
+) -> Callable[..., Any]:
+    if not free:
+        return lambda: graph(*inputs)
+    return CompiledModel(_Bound(graph, inputs, fixed, free), tuple(inputs[i] for i in free))
+
+
+def _is_fixed(value: Any) -> bool:
+    return (
+        not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or hasattr(value, "_dynamo_static_input_type")
+    )
+
+
+def _mark(value: Any) -> Any:
+    return (value.data_ptr(), value._version, value.shape) if isinstance(value, Tensor) else value
+
+
+def _wants_gradients(graph: GraphModule, inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(v, Tensor) and v.requires_grad for v in (*inputs, *graph.parameters())
+    )
