@@ -99,6 +99,9 @@ struct GossamerPlan {
   std::vector<int32_t> planes;  // channel, row phase, column phase
   int32_t block_planes;
   std::vector<Group> groups;
+  bool depthwise;  // then there are no groups: each channel meets one input channel, by weights at these offsets
+  int32_t n_phases, plane_pitch;
+  std::vector<int32_t> plane_offsets;
 
   int32_t vectors() const { return row_vectors * rows; }
   int32_t pitch() const { return row_vectors * kernels->lanes; }
@@ -255,6 +258,75 @@ void pack(GossamerPlan& p, int32_t n_groups) {
   }
 }
 
+// Each channel by itself: its plane is copied, padded and taken apart by phases, and each weight meets all of it.
+void plan_planes(GossamerPlan& p, int32_t x_last) {
+  const GossamerLayer& layer = *p.layer;
+  const Shape& s = layer.s;
+  const int32_t lanes = p.kernels->lanes;
+  std::vector<std::array<int32_t, 2>> phases;
+  auto phase_at = [&](Tap y, Tap x) {
+    const std::array<int32_t, 2> phase{y.phase, x.phase};
+    auto found = std::find(phases.begin(), phases.end(), phase);
+    if (found == phases.end()) found = phases.insert(phases.end(), phase);
+    return int32_t(found - phases.begin());
+  };
+  for (int32_t y = 0; y < s.kh; y++)
+    for (int32_t x = 0; x < s.kw; x++) phase_at(tap(y, s.sy, s.py, s.dy), tap(x, s.sx, s.px, s.dx));
+  for (int32_t c = 0; c < s.groups; c++)
+    for (auto phase : phases) p.planes.insert(p.planes.end(), {c, phase[0], phase[1]});
+  p.n_phases = int32_t(phases.size());
+  p.plane_pitch = int32_t(up(p.out_width + x_last - p.x_first, lanes)) * lanes;
+  const int64_t rows = p.out_height + p.n_dy - 1;
+  for (int32_t place : layer.places) {
+    const Tap y = tap(place / s.kw, s.sy, s.py, s.dy), x = tap(place % s.kw, s.sx, s.px, s.dx);
+    p.plane_offsets.push_back(
+        int32_t((phase_at(y, x) * rows + y.offset - p.y_first) * p.plane_pitch + x.offset - p.x_first));
+  }
+}
+
+void run_plane(const GossamerStep& step, int64_t item) {
+  const GossamerPlan& p = *step.plan;
+  const Shape& s = p.layer->s;
+  static thread_local Scratch planes;
+  const int64_t image = item / s.out, rows = p.out_height + p.n_dy - 1;
+  const int32_t o = int32_t(item % s.out), c = o / (s.out / s.groups);
+  // Behind the last row, what the kernel reads of rows and columns that it does not write.
+  float* to = planes.at_least((p.n_phases * rows + 4) * p.plane_pitch + 8 * p.kernels->lanes);
+  Copy copy{};
+  copy.in = step.in + image * s.groups * p.height * p.width;
+  copy.to = to;
+  copy.planes = p.planes.data() + 3 * int64_t(c) * p.n_phases;
+  copy.n_planes = p.n_phases;
+  copy.in_plane = int64_t(p.height) * p.width;
+  copy.height = p.height;
+  copy.width = p.width;
+  copy.stride_y = s.sy;
+  copy.stride_x = s.sx;
+  copy.y = p.y_first;
+  copy.x = p.x_first;
+  copy.rows = int32_t(rows);
+  copy.columns = copy.pitch = p.plane_pitch;
+  p.kernels->copy(copy);
+  const int64_t plane = int64_t(p.out_height) * p.out_width, at = image * s.out * plane, first = p.layer->starts[o];
+  Plane a{};
+  a.x = to;
+  a.weights = p.layer->values.data() + first;
+  a.offsets = p.plane_offsets.data() + first;
+  a.n = int32_t(p.layer->starts[o + 1] - first);
+  a.pitch = p.plane_pitch;
+  a.channel = o;
+  a.write.out = step.out + at;
+  a.write.residual = step.residual ? step.residual + at : nullptr;
+  a.write.bias = p.layer->bias.empty() ? nullptr : p.layer->bias.data();
+  a.write.plane = plane;
+  a.write.pitch = p.out_width;
+  a.write.rows = p.out_height;
+  a.write.columns = p.out_width;
+  a.write.activation = step.activation;
+  a.write.add_last = step.add_last;
+  p.kernels->plane(a);
+}
+
 void run_item(const GossamerStep& step, int64_t item) {
   const GossamerPlan& p = *step.plan;
   const Shape& s = p.layer->s;
@@ -398,6 +470,12 @@ GossamerPlan* gossamer_plan_new(
   p->n_dy = y_last - p->y_first + 1;
   p->x_first = x_first;
   const int32_t n_phases = std::min(s.sy, s.kh) * std::min(s.sx, s.kw);
+  p->depthwise = s.groups > 1 && s.in == 1 &&
+                 int64_t(p->out_height + p->n_dy) * s.sy * s.sx * (p->out_width + x_last - x_first + 16) < INT_MAX;
+  if (p->depthwise) {
+    plan_planes(*p, x_last);
+    return p.release();
+  }
   if (x_last - x_first > 255 || !choose_tile(*p, s, x_first, x_last, n_phases)) {
     *why = "the kernel is too wide";
     return nullptr;
@@ -420,9 +498,9 @@ GossamerPlan* gossamer_plan_new(
 void gossamer_plan_free(GossamerPlan* plan) { delete plan; }
 
 void gossamer_plan_info(const GossamerPlan* p, int64_t out[8]) {
-  const int64_t n_planes = int64_t(p->planes.size()) / 3;
+  const int64_t n_planes = p->depthwise ? 0 : int64_t(p->planes.size()) / 3;
   const int64_t info[8] = {p->row_vectors, p->rows,         p->columns,                         p->across,
-                           p->down,        p->block_planes, up(n_planes, p->block_planes), int64_t(p->groups.size())};
+                           p->down,        p->block_planes, p->depthwise ? 0 : up(n_planes, p->block_planes), int64_t(p->groups.size())};
   std::memcpy(out, info, sizeof info);
 }
 
@@ -431,10 +509,10 @@ int32_t gossamer_run(const GossamerStep* steps, int64_t n, int32_t threads) {
   for (int64_t i = 0; i < n; i++) {
     const GossamerStep& step = steps[i];
     const GossamerPlan& p = *step.plan;
-    const int64_t items = step.images * p.across * p.down * int64_t(p.groups.size());
+    const int64_t items = step.images * (p.depthwise ? p.layer->s.out : p.across * p.down * int64_t(p.groups.size()));
     share(items, threads, [&](int64_t item) {
       try {
-        run_item(step, item);
+        p.depthwise ? run_plane(step, item) : run_item(step, item);
       } catch (const std::bad_alloc&) {
         failed.store(1);
       }

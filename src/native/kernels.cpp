@@ -158,6 +158,72 @@ void write(const Writer& w, int32_t channel, const float* tile) {
   }
 }
 
+// N vectors of a plane at once: side by side in a row, or one below the other where rows are short.
+template <int KIND, bool BELOW>
+INLINE void plane_as(const Plane& a) {
+  constexpr int N = 4;
+  const Writer& w = a.write;
+  const V bias = all(w.bias ? w.bias[a.channel] : 0.0f);
+  const int32_t rows_step = BELOW ? N : 1, columns_step = BELOW ? L : N * L;
+  const int32_t apart = BELOW ? a.pitch : L, apart_out = BELOW ? w.pitch : L;
+  for (int32_t row = 0; row < w.rows; row += rows_step) {
+    const int64_t at = a.channel * w.plane + int64_t(row) * w.pitch;
+    for (int32_t first = 0; first < w.columns; first += columns_step) {
+      V sum[N];
+#pragma GCC unroll 4
+      for (int t = 0; t < N; t++) sum[t] = bias;
+      const float* from = a.x + int64_t(row) * a.pitch + first;
+      for (int32_t i = 0; i < a.n; i++) {
+        const float* x = from + a.offsets[i];
+        const V weight = all(a.weights[i]);
+#pragma GCC unroll 4
+        for (int t = 0; t < N; t++) sum[t] += weight * load(x + t * apart);
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < N; t++) {
+        const int32_t left = w.columns - first - (BELOW ? 0 : t * L);
+        if (left <= 0 || (BELOW && row + t >= w.rows)) break;
+        const int64_t here = at + first + int64_t(t) * apart_out;
+        float few[L] = {};
+        V rest = V{};
+        if (w.residual) {
+          if (left < L) copy_few(few, w.residual + here, left);
+          rest = left < L ? load(few) : load(w.residual + here);
+        }
+        V v = sum[t];
+        if (!w.add_last) v += rest;
+        v = activated(v, KIND);
+        if (w.add_last) v += rest;
+        if (left >= L) {
+          store(w.out + here, v);
+        } else {
+          store(few, v);
+          copy_few(w.out + here, few, left);
+        }
+      }
+    }
+  }
+}
+
+template <int KIND>
+void plane_of(const Plane& a) {
+  a.write.columns > 2 * L ? plane_as<KIND, false>(a) : plane_as<KIND, true>(a);
+}
+
+void plane(const Plane& a) {
+  switch (a.write.activation) {
+    case NONE: return plane_of<NONE>(a);
+    case RELU: return plane_of<RELU>(a);
+    case RELU6: return plane_of<RELU6>(a);
+    case SILU: return plane_of<SILU>(a);
+    case GELU: return plane_of<GELU>(a);
+    case GELU_TANH: return plane_of<GELU_TANH>(a);
+    case HARDSWISH: return plane_of<HARDSWISH>(a);
+    case HARDSIGMOID: return plane_of<HARDSIGMOID>(a);
+    default: return plane_of<SIGMOID>(a);
+  }
+}
+
 template <int T>
 void rows_of(const Rows& a) {
   const float* weights = a.weights;
@@ -350,7 +416,7 @@ void tokens(const Tokens& t) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {GOSSAMER_QUOTED(GOSSAMER_ISA), L, LONGEST, rows, copy, max_pool, tokens};
+const Kernels kernels = {GOSSAMER_QUOTED(GOSSAMER_ISA), L, LONGEST, rows, copy, plane, max_pool, tokens};
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer

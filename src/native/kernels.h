@@ -48,6 +48,16 @@ struct Copy {
   int32_t rows, columns, pitch;  // of a plane in the block; columns are copied, the rest of the pitch is zero
 };
 
+// One channel of a depthwise convolution: a few weights, each of which meets the whole plane.
+struct Plane {
+  const float* x;          // the channel's planes, one a phase, with slack behind them
+  const float* weights;
+  const int32_t* offsets;  // of the float that each one meets first
+  int32_t n, pitch;        // of the planes
+  int32_t channel;
+  Writer write;            // rows and columns are the output's
+};
+
 // The largest of each window, plane by plane.
 struct Pool {
   const float* in;  // of one plane
@@ -74,6 +84,7 @@ struct Kernels {
   int32_t longest;   // vectors a tile, at most
   void (*rows)(int32_t vectors, const Rows&);
   void (*copy)(const Copy&);
+  void (*plane)(const Plane&);
   void (*max_pool)(const Pool&);
   void (*tokens)(const Tokens&);
 };

@@ -32,7 +32,8 @@ class PlanRow:
     Args:
         name: the layer's, or the operator's.
         op: what it does.
-        runs: 'sparse', 'dense' (a layer, in PyTorch), 'compiled' (without weights) or 'torch' (anything else).
+        runs: 'sparse', 'compiled' (what is as fast with no zeros: pooling, depthwise layers), 'dense' (a layer, in PyTorch)
+            or 'torch' (anything else).
         why: the reason.
         sparsity: zeros in percent of the weight; None where there is none.
         share: of the time, in percent; None where it was not measured.
@@ -202,14 +203,15 @@ def _row(name: str, layer: nn.Module, share: float | None) -> PlanRow:
     if conv.activation != "none":
         kind += f" + {conv.activation}"
     why = f"{conv.sparsity:.1f} % zeros"
-    return PlanRow(name, kind, "sparse" if conv.is_sparse else "dense", why, conv.sparsity, share)
+    runs = "dense" if not conv.is_sparse else "compiled" if conv.sparsity < _WORTH else "sparse"
+    return PlanRow(name, kind, runs, why, conv.sparsity, share)
 
 
 def runs_sparse(conv: Convolution) -> bool:
     """Whether a layer is faster by its non-zero weights than dense, by what both cost on average."""
-    if conv.weight[0].numel() < 16:  # depthwise, and other layers of little to leave out
-        return False
-    return conv.sparsity >= _WORTH
+    if conv.is_depthwise:  # a kernel of its own, which is no slower where nothing is zero
+        return True
+    return conv.weight[0].numel() >= 16 and conv.sparsity >= _WORTH
 
 
 _WORTH = 40.0

@@ -131,6 +131,11 @@ class Convolution(nn.Module):
         """Zeros in percent of the weight."""
         return 100 * (1 - int(torch.count_nonzero(self.weight)) / max(1, self.weight.numel()))
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel meets one input channel alone."""
+        return self.geometry.groups > 1 and self.weight.shape[1] == 1
+
     def extra_repr(self) -> str:
         """What it does, in short."""
         g = self.geometry
