@@ -32,8 +32,8 @@ class PlanRow:
     Args:
         name: the layer's, or the operator's.
         op: what it does.
-        runs: 'sparse', 'compiled' (what is as fast with no zeros: pooling, depthwise layers), 'dense' (a layer, in PyTorch)
-            or 'torch' (anything else).
+        runs: 'sparse', 'compiled' (as fast without zeros: pooling, depthwise layers), 'dense' (a layer, in PyTorch) or
+            'torch' (anything else).
         why: the reason.
         sparsity: zeros in percent of the weight; None where there is none.
         share: of the time, in percent; None where it was not measured.
