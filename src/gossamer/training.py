@@ -199,9 +199,13 @@ class SparseTraining:
         """
         total_steps = _checked_steps(total_steps)
         self.keep_new_zeros()
-        self._floor = self.progress
+        self.stay()
         self.steps_done = 0
         self.total_steps = total_steps if total_steps is not None else self.total_steps
+
+    def stay(self) -> None:
+        """Keeps sparsity from falling below what it is now, until the schedule has caught up."""
+        self._floor = self.progress
 
     def keep_new_zeros(self) -> None:
         """Masks zeros beside the masks too, as in a sparser network that was loaded since; `restart` does it.

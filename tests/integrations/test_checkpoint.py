@@ -723,12 +723,30 @@ def test_what_a_network_calls_its_scaler_is_no_gradient_scaler(tmp_path: Path) -
     assert (tmp_path / "a").exists()
 
 
-def test_a_fit_that_was_cancelled_goes_on_when_it_is_called_again(tmp_path: Path) -> None:
-    class TimeIsUp(Callback):
-        def after_epoch(self) -> None:
-            if self.epoch == 1:
-                raise CancelFitException
+class TimeIsUp(Callback):
+    def after_epoch(self) -> None:
+        if self.epoch == 1:
+            raise CancelFitException
 
+
+def test_a_fit_that_was_cancelled_goes_on_when_the_script_runs_again(tmp_path: Path) -> None:
+    whole = fit(4, rules(tmp_path / "whole"))
+    fit(4, rules(tmp_path / "a", resume=True), TimeIsUp())
+    assert same_model(fit(4, rules(tmp_path / "a", resume=True)), whole)
+
+
+def test_a_fit_that_was_cancelled_is_over_with_a_file_as_without(tmp_path: Path) -> None:
+    trained: list[Learner] = []
+    for file in ({}, {"checkpoint": tmp_path / "a", "resume": True}):
+        callback, learn = SparsifyCallback(60, total_epochs=6, schedule="lin", verbose=False, **file), learner()
+        fit(3, callback, TimeIsUp(), learn=learn)
+        fit(4, callback, learn=learn)
+        assert callback.sparse.at_target
+        trained.append(learn)
+    assert same_model(*trained)
+
+
+def test_a_fit_that_was_cancelled_before_it_began_leaves_the_file_to_the_next(tmp_path: Path) -> None:
     class NotYet(Callback):
         order = -3
 
@@ -736,11 +754,56 @@ def test_a_fit_that_was_cancelled_goes_on_when_it_is_called_again(tmp_path: Path
             raise CancelFitException
 
     whole = fit(4, rules(tmp_path / "whole"))
-    callback = rules(tmp_path / "a", resume=True)
-    learn = fit(4, callback, TimeIsUp())
+    callback, learn = rules(tmp_path / "a", resume=True), learner()
+    fit(4, callback, Stop(2), learn=learn)
     fit(4, callback, NotYet(), learn=learn)
     fit(4, callback, learn=learn)
     assert same_model(learn, whole)
+
+
+def test_two_callbacks_that_share_schedule_and_file_go_on_together(tmp_path: Path) -> None:
+    def script(name: str, stop: bool) -> Learner:
+        convs = rules(tmp_path / name, total_epochs=6, resume=True)
+        linear = SparsifyCallback(40, layer_type=nn.Linear, total_epochs=6, verbose=False)
+        learn = learner()
+        fit(2, convs, linear, learn=learn)
+        if stop:
+            fit(4, convs, linear, Stop(2), learn=learn)
+        return fit(4, convs, linear, learn=learn)
+
+    assert same_model(script("a", True), script("whole", False))
+
+
+def test_sparsity_does_not_fall_where_a_fit_was_broken_off() -> None:
+    seen: list[float] = []
+
+    class Watch(Callback):
+        order = 100
+
+        def after_step(self) -> None:
+            seen.append(callback.sparsity_now())
+
+    callback, learn = SparsifyCallback(80, schedule="lin", total_epochs=4, verbose=False), learner()
+    fit(2, callback, Watch(), Stop(1), learn=learn)
+    fit(3, callback, Watch(), learn=learn)
+    assert seen == sorted(seen)
+    assert callback.sparse.at_target
+
+
+def test_a_broken_fine_tune_leaves_nothing_to_the_next() -> None:
+    class Fails(Callback):
+        order = -50
+
+        def before_fit(self) -> None:
+            if self.n_epoch == 2:
+                raise ZeroDivisionError("phase two")
+
+    callback, learn = SparsifyCallback(50, verbose=False), learner()
+    with learn.no_bar():
+        with pytest.raises(ZeroDivisionError):
+            learn.fine_tune(2, cbs=[callback, Fails()])
+        learn.fine_tune(2, cbs=callback)
+    assert callback.sparse.at_target
 
 
 def test_one_file_by_two_names_is_still_one_file_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,11 @@ def test_pytorchs_own_door_leads_to_the_engine(compiled: list[Any]) -> None:
     assert convs[0].activation == "relu"  # and the normalisation is folded
 
 
+def test_settings_that_there_are_not_are_named() -> None:
+    with pytest.raises(Exception, match="has no mode='max-autotune'"), torch.no_grad():
+        torch.compile(sparse(), backend="gossamer", mode="max-autotune")(torch.randn(1, 3, 9, 9))
+
+
 def test_weights_that_change_are_seen() -> None:
     net, x = sparse(), torch.randn(2, 3, 12, 12)
     fast = torch.compile(net, backend="gossamer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from gossamer import ArgumentError, GossamerWarning, Sparsifier, StateError, runtime
+from gossamer import ArgumentError, GossamerWarning, Sparsifier, StateError, runtime, save
 from gossamer.native import native
+from gossamer.runtime import CompiledModel
 from gossamer.runtime.operators import Convolution, Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.export's own
@@ -138,6 +140,16 @@ def test_a_network_with_fixed_shapes_is_compiled_for_them() -> None:
         for x in (image(8), image(10), image(8), *(image(n) for n in range(11, 17))):
             assert error(fast(x), model(x)) < 1e-5
     assert len(fast._graphs) <= 4
+
+
+def test_a_capture_for_one_shape_leaves_the_others_to_the_first() -> None:
+    model = sparse_model("resnet18", 90)
+    fast = runtime.compile(model, image())
+    with torch.no_grad():
+        for size in (32, 64, 96, 32, 48):
+            x = image(size)
+            assert error(fast(x), model(x)) < 1e-5
+    assert len(fast._graphs) <= 1  # a map of one pixel is another graph, where PyTorch has it so
 
 
 class Branch(nn.Module):
@@ -286,6 +298,7 @@ def test_fastai_networks_compile() -> None:
         (3, "compile takes a torch.nn.Module, got a int"),
         (nn.Conv2d(3, 4, 3), r"in training mode; compile\(model.eval\(\)"),
         (nn.Conv2d(3, 4, 3, device="meta").eval(), "the network is on meta"),
+        (CompiledModel.__new__(CompiledModel), "compiled already"),
         (nn.Conv2d(5, 4, 3).eval(), "does not run on the example inputs"),
     ],
 )
@@ -299,6 +312,10 @@ def test_a_compiled_network_is_not_trained() -> None:
     assert fast.eval() is fast
     with pytest.raises(StateError, match="cannot be trained"):
         fast.train()
+    with pytest.raises(StateError, match="cannot be pickled"):
+        pickle.dumps(fast)
+    with pytest.raises(ArgumentError, match="no weights of its own to save"):
+        save(fast, "nowhere")
     x = image(8)
     assert torch.equal(fast(x), fast(x))
     assert not fast(x.requires_grad_()).requires_grad

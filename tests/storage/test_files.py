@@ -277,6 +277,13 @@ def test_other_files_are_read_or_named(tmp_path: Path) -> None:
     save_state(tmp_path / "state", {"a": torch.ones(2)})
     with pytest.raises(FileError, match=r"holds a state.*use load_state"):
         load(tmp_path / "state")
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(FileError, match=r"looks like one of torch.save, which torch.load reads"):
+        load(tmp_path / "a.pt")
+    with pytest.raises(FileError, match="is a folder; name a file in it"):
+        save({"a": torch.ones(2)}, tmp_path)
+    with pytest.raises(ArgumentError, match="must be a path, got None"):
+        save({"a": torch.ones(2)}, None)
     with pytest.raises(FileError, match="there is no file"):
         load(tmp_path / "nowhere")
     save_file({"a": torch.ones(2)}, tmp_path / "newer", {"gossamer": json.dumps({"version": 2, "tensors": {}})})

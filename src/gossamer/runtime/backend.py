@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from gossamer.errors import ArgumentError
 from gossamer.runtime.model import CompiledModel
 
 _KEPT = 8
 """Sets of weights that a graph keeps a compiled network for: Dynamo runs layers of one make through one graph."""
 
 
-def gossamer(graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def gossamer(graph: GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
     """What PyTorch's entry point 'torch_dynamo_backends' finds under the name 'gossamer'.
 
     Weights are compiled in, and compiled anew once they have changed. Where gradients are wanted the graph runs as it
@@ -25,9 +26,13 @@ def gossamer(graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[...,
     Args:
         graph: as Dynamo captured it; parameters and buffers are among its inputs, or its own.
         example_inputs: one a placeholder.
+        settings: 'mode' and 'options' of torch.compile; there are none here.
 
     Returns:
         A function of the same inputs.
+
+    Raises:
+        ArgumentError: a setting was given.
 
     Example:
         >>> net = nn.Linear(4, 2).eval()
@@ -36,6 +41,9 @@ def gossamer(graph: GraphModule, example_inputs: Sequence[Any]) -> Callable[...,
         ...     bool(torch.allclose(fast(torch.ones(1, 4)), net(torch.ones(1, 4)), atol=1e-6))
         True
     """
+    if settings:
+        name, value = next(iter(settings.items()))
+        raise ArgumentError(f"backend='gossamer' has no {name}={value!r}; leave it out")
     fixed = [i for i, value in enumerate(example_inputs) if _is_fixed(value)]
     free = [i for i in range(len(example_inputs)) if i not in fixed]
     kept: OrderedDict[Any, Callable[..., Any]] = OrderedDict()

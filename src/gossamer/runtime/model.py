@@ -74,6 +74,8 @@ def compile(model: nn.Module, example_inputs: Any) -> CompiledModel:
     if not isinstance(model, nn.Module):
         hint = "; give learn.model" if hasattr(model, "model") else ""
         raise ArgumentError(f"compile takes a torch.nn.Module, got a {type(model).__name__}{hint}")
+    if isinstance(model, CompiledModel):
+        raise ArgumentError("the network is compiled already; call it as it is")
     if model.training:
         raise ArgumentError("the network is in training mode; compile(model.eval(), …) compiles it for inference")
     elsewhere = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
@@ -119,6 +121,13 @@ class CompiledModel(nn.Module):
                 )
                 self.graph = _replaced(model)
 
+    is_compiled = True
+
+    def __reduce__(self) -> Any:
+        raise StateError(
+            "a compiled network cannot be pickled or copied; keep the network that it was made from, and compile that"
+        )
+
     def train(self, mode: bool = True) -> CompiledModel:
         """It is compiled for inference and stays so.
 
@@ -132,12 +141,12 @@ class CompiledModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives."""
         with torch.no_grad():
-            if not self._graphs:
+            key = tuple(a.shape if isinstance(a, Tensor) else a for a in (*args, *sorted(kwargs.items())))
+            if key not in self._graphs:
                 try:
                     return self.graph(*args, **kwargs)
                 except AssertionError:  # the capture's guards: these inputs are of another kind
                     pass
-            key = tuple(a.shape if isinstance(a, Tensor) else a for a in (*args, *sorted(kwargs.items())))
             return self._graph_for(key, args, kwargs)(*args, **kwargs)
 
     def _graph_for(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:

@@ -222,6 +222,8 @@ def _zeros(tensor: Tensor) -> int:
 
 
 def _tensors_of(model: Any) -> dict[str, Tensor]:
+    if getattr(model, "is_compiled", False) is True and hasattr(model, "explain"):
+        raise ArgumentError("a compiled network has no weights of its own to save; save the one that it was made from")
     if isinstance(model, nn.Module):
         while isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod

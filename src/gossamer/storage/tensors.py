@@ -33,7 +33,11 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
         >>> write_whole(Path(tempfile.mkdtemp()) / "deep" / "a.bin", b"abc").read_bytes()
         b'abc'
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(f"a file to write must be a path, got {path!r}; give a str or a pathlib.Path")
     path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{str(path)!r} is a folder; name a file in it")
     whole = Path(os.path.realpath(path))  # else a link would be replaced, and what it points to stay old
     whole.parent.mkdir(parents=True, exist_ok=True)
     for left in whole.parent.glob(f".{glob.escape(whole.name)}.*.tmp"):  # by a writer that was killed
@@ -116,6 +120,11 @@ def load_tensors(path: str | os.PathLike[str], *, copy: bool = True) -> tuple[di
                 tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             return tensors, dict(file.metadata() or {})
     except Exception as error:  # a mangled header can make torch and safetensors raise more than their own errors
+        with path.open("rb") as start:
+            if start.read(4) == b"PK\x03\x04":
+                raise FileError(
+                    f"{str(path)!r} is no safetensors file; it looks like one of torch.save, which torch.load reads"
+                ) from None
         raise FileError(
             f"{str(path)!r} is no whole safetensors file ({error}); it may be truncated or of another kind, so take "
             "another copy"

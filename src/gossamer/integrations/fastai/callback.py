@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
+from gossamer.integrations.fastai.checkpoint import Resume
 from gossamer.integrations.fastai.fit_file import FitFile, as_epochs
 from gossamer.integrations.fastai.followers import Announcer, KeepSparse, SparsityMetric, Traceless
 from gossamer.integrations.fastai.guard import Guard
@@ -165,6 +166,7 @@ class SparsifyCallback(Traceless):
         self._hold_only = self._is_fitting = False
         self.span = Span(1)
         self._left: Span | None = None
+        self._call: int | None = None  # of fine_tune, whose two fits share a schedule
         self._is_broken = False  # whether the last fit was, and its file says where to go on
         self._keeper: KeepSparse | None = None
         self.epoch_now, self._batch, self._batches = -1, 0, 1
@@ -221,8 +223,11 @@ class SparsifyCallback(Traceless):
                 self.sparse.optimizer = learn.opt
             return
         self._clean_up(learn)
-        self.span = next_span(self._left, int(learn.n_epoch), self.total_epochs or fine_tune_epochs(learn))
-        goes_on, self._left = self._left is not None and self.span.done > 0, None
+        both, call = fine_tune_epochs(learn) or (None, None)
+        # What is left of another call of fine_tune, which was broken off, is not for this one.
+        left = self._left if self.total_epochs is not None or call == self._call else None
+        self.span, self._call = next_span(left, int(learn.n_epoch), self.total_epochs or both), call
+        goes_on = left is not None and self.span.done > 0
         was_broken, self._is_broken = self._is_broken, False
         if self._file is not None and (not goes_on or was_broken):
             self._file.look(self.span.total)
@@ -241,7 +246,7 @@ class SparsifyCallback(Traceless):
         self._line = ""
         self.epoch_now, self._batch, self._batches = -1, 0, 1
         self._attach(learn)
-        self._is_fitting = True
+        self._is_fitting, self._left = True, None
         said = "" if self._file is None else self._file.attach(self, learn, goes_on and was_broken)
         self._drop_keepers(learn)  # this run has taken over their zeros, or was told not to
         if not goes_on:
@@ -320,12 +325,8 @@ class SparsifyCallback(Traceless):
         self._is_fitting = False
         # A fit that was ended early leaves its other epochs to those that follow; fine_tune has its own plan for them.
         n_epoch, done = int(self._learner().n_epoch), self.epoch_now + 1
-        if self.total_epochs is not None and done < n_epoch:
-            self._leave(done)
-        else:
-            self._left = self.span.after(n_epoch)
-        is_over = self._left is None and (done >= n_epoch or not (self._file and self._file.resume))
-        if is_over and self._file is not None:
+        self._left = self.span.after(n_epoch if self.total_epochs is None else done)
+        if self._left is None and self._file is not None and done > 0:  # else it was cancelled before it began
             self._file.end()
         if self._left is None and self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
             self._lottery.rewind()
@@ -547,12 +548,12 @@ class SparsifyCallback(Traceless):
         self._hold(learn)
         self._is_fitting = False
         if self.total_epochs is not None:
-            self._leave(max(0, self.epoch_now))
-
-    def _leave(self, done: int) -> None:
-        """Leaves what a fit did not finish: to the next one or, with a file to go on from, to the same one again."""
-        self._is_broken = self._file is not None and self._file.resume
-        self._left = self.span.after(0 if self._is_broken else done)
+            # With a file to go on from, this callback's or another's, the same fit is called again.
+            files = [cb._file for cb in learn.cbs if isinstance(cb, SparsifyCallback)] + [self._file]
+            self._is_broken = any(file is not None and file.resume for file in files)
+            self._left = self.span.after(0 if self._is_broken else max(0, self.epoch_now))
+            if self.sparse is not None:
+                self.sparse.stay()
 
     def _clean_up(self, learn: Learner) -> None:
         if self._guard is not None:
@@ -561,7 +562,10 @@ class SparsifyCallback(Traceless):
         learn.metrics = learn.metrics.filter(
             lambda m: not isinstance(m, SparsityMetric) or m.count != self.sparsity_now
         )
-        learn.remove_cbs([c for c in learn.cbs if getattr(c, "owner", None) is self])
+        ours = [c for c in learn.cbs if getattr(c, "owner", None) is self]
+        for resume in (c for c in ours if isinstance(c, Resume)):
+            resume.leave()
+        learn.remove_cbs(ours)
 
     def _drop_keepers(self, learn: Learner) -> None:
         weights = {id(t.weight) for t in self._run().sparsifier.targets}

@@ -273,6 +273,11 @@ class Resume(Traceless):
             self._restore()
             self._restore = None
 
+    def leave(self) -> None:
+        """Lets the others run again, where a fit was broken off while it skipped."""
+        self._set_running(True)
+        self._stopped = []
+
     def _set_running(self, running: bool) -> None:
         for cb in self._stopped:
             cb.run = running

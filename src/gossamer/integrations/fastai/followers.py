@@ -129,8 +129,10 @@ class KeepSparse(Traceless):
         self._idle = self._is_replaced(learn)
         if self._idle:
             return
-        if hasattr(learn, "lr_finder") or not any(map(is_sparsifier, learn.cbs)):
-            self._hold(learn)  # else a callback is about to take over, by the zeros that are there now
+        # Not where a callback is about to take over, by the zeros that are there now; nor before lr_find has saved the
+        # weights that it will put back.
+        if not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
+            self._hold(learn)
         if self._guard is not None:
             self._guard.leave()
         self._guard = Guard(learn, partial(self._break_off, learn))

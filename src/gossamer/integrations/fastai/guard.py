@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable as Function
 from typing import Any
 
 from fastai.callback import core
 from fastai.learner import Learner
 
-_CANCELS = tuple(vars(core)[f"Cancel{what}Exception"] for what in ("Fit", "Epoch", "Train", "Valid"))
+_CANCEL_FIT: Any = vars(core)["CancelFitException"]
 _METHOD = "_with_events"  # what runs an epoch, with the events before and after it
 
 
@@ -30,9 +29,10 @@ class Guard:
     def __call__(self, f: Any, event_type: str, *args: Any, **kwargs: Any) -> None:
         try:
             self._inner(f, event_type, *args, **kwargs)
+        except _CANCEL_FIT:  # the only one that fastai still catches, and tells every callback of
+            raise
         except BaseException:
-            # Of what fastai catches itself it tells every callback.
-            if self._is_on and event_type == "epoch" and sys.exc_info()[0] not in _CANCELS:
+            if self._is_on and event_type == "epoch":
                 self._on_break()
             raise
 

@@ -64,13 +64,15 @@ def next_span(last: Span | None, n_epoch: int, total: int | None) -> Span:
     return span
 
 
-def fine_tune_epochs(learn: Learner) -> int | None:
-    """The epochs of both phases, where `learn.fine_tune` is what called this fit; else None.
+def fine_tune_epochs(learn: Learner) -> tuple[int, int] | None:
+    """The epochs of both phases, and which call it is, where `learn.fine_tune` is what called this fit; else None.
 
     fastai passes on to the fits nothing that would say so, hence the look at the calling frames.
     """
     frame = _calling(learn, cast(Any, Learner).fine_tune)
-    return None if frame is None else int(frame.f_locals["freeze_epochs"]) + int(frame.f_locals["epochs"])
+    if frame is None:
+        return None
+    return int(frame.f_locals["freeze_epochs"]) + int(frame.f_locals["epochs"]), id(frame)
 
 
 def is_within_fit(learn: Learner) -> bool:
