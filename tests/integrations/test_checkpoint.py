@@ -774,6 +774,24 @@ def test_two_callbacks_that_share_schedule_and_file_go_on_together(tmp_path: Pat
     assert same_model(script("a", True), script("whole", False))
 
 
+@pytest.mark.parametrize("where", ["first", "second"])
+def test_two_callbacks_on_the_same_layers_go_on(where: str, tmp_path: Path) -> None:
+    def both(name: str, sparsity: float = 25) -> list[SparsifyCallback]:
+        file = {"checkpoint": tmp_path / name, "resume": True}
+        weights = SparsifyCallback(50, verbose=False, **file if where == "first" else {})
+        filters = SparsifyCallback(sparsity, "filter", verbose=False, **file if where == "second" else {})
+        return [weights, filters]
+
+    whole = fit(4, *both("whole"))
+    fit(4, *both("a"), Stop(2))
+    learn = learner()
+    before = {n: t.clone() for n, t in learn.model.state_dict().items()}
+    with pytest.raises(FileError, match="of other rules: sparsity"):
+        fit(4, *both("a", 50), learn=learn)
+    assert all(torch.equal(t, before[n]) for n, t in learn.model.state_dict().items())
+    assert same_model(fit(4, *both("a")), whole)
+
+
 def test_sparsity_does_not_fall_where_a_fit_was_broken_off() -> None:
     seen: list[float] = []
 

@@ -25,6 +25,7 @@ from fastai.callback.core import (
     CancelEpochException,
     CancelFitException,
     CancelTrainException,
+    CancelValidException,
 )
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
@@ -783,6 +784,33 @@ def test_a_metric_with_numbers_of_its_own_is_left_alone() -> None:
     learn = small(metrics=[Odd(lambda: 1.0, "odd")])
     quiet(learn, 1, half())
     assert [m.name for m in learn.metrics] == ["odd"]
+
+
+def test_lr_find_gives_a_loaded_network_back_as_it_was_loaded(tmp_path: Path) -> None:
+    learn = small(tmp_path)
+    quiet(learn, 2, half())
+    learn.model.load_state_dict({n: t.clone() for n, t in small(tmp_path).model.state_dict().items()})
+    before = copy.deepcopy(learn.model.state_dict())
+    with learn.no_bar():
+        learn.lr_find(num_it=20, show_plot=False)
+    assert same(learn.model.state_dict(), before)
+
+
+@pytest.mark.parametrize("who", ["callback", "keeper"])
+def test_a_cancel_that_fastai_does_not_catch_leaves_zeros_and_no_trace(who: str) -> None:
+    learn, callback = small(), half()
+    quiet(learn, 1, callback)
+
+    class Cancel(Callback):
+        order = -5
+
+        def after_step(self) -> None:
+            raise CancelValidException
+
+    with pytest.raises(CancelValidException):
+        quiet(learn, 1, Cancel(), *([callback] if who == "callback" else []))
+    assert zeros(learn.model) == HALF
+    assert "_with_events" not in vars(learn)
 
 
 def test_a_model_around_the_same_layers_keeps_their_zeros() -> None:

@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -
 
 def test_a_name_that_cannot_be_taken_leaves_what_is_there_and_nothing_beside_it(tmp_path: Path) -> None:
     write_whole(tmp_path / "folder" / "x", b"old")
-    with pytest.raises(OSError):
+    with pytest.raises(FileError, match="is a folder"):
         write_whole(tmp_path / "folder", b"new")
     with pytest.raises(OSError):
         write_whole(tmp_path / "folder" / "x" / "y", b"new")

@@ -212,12 +212,7 @@ class SparsifyCallback(Traceless):
             raise StateError(
                 "to_non_native_fp16() keeps a second copy of the weights that masks would not reach; use to_fp16()"
             )
-        model: Any = unwrapped(self._part if self._part is not None else cast(nn.Module, learn.model))
-        if self._part is not None and not any(m is model for m in cast(nn.Module, learn.model).modules()):
-            raise ArgumentError(
-                f"model={type(self._part).__name__} is no part of the learner's model, so training would not reach it; "
-                "give a part of it, such as model=learn.model[0]"
-            )
+        model = self._network(learn)
         if self._hold_only:
             if self.sparse is not None:
                 self.sparse.optimizer = learn.opt
@@ -231,14 +226,14 @@ class SparsifyCallback(Traceless):
         was_broken, self._is_broken = self._is_broken, False
         if self._file is not None and (not goes_on or was_broken):
             self._file.look(self.span.total)
-        if self._is_new or self.sparse is None or self.sparse.sparsifier.model is not model:
-            self._build(model)  # anew, if it was built for a part: that may have been loaded since
-            self._is_new = False
+        self._make(model)
         assert self.sparse is not None
         self.sparse.optimizer = learn.opt
         if self._lottery is not None:
             self._lottery.check(self.span.total)
-        if goes_on:
+        if any(isinstance(cb, Resume) and cb.restores for cb in learn.cbs):
+            self.history = []  # and the rest comes from another callback's file, once all callbacks are there
+        elif goes_on:
             self.sparse.keep_new_zeros()
         else:
             self.sparse.restart()
@@ -479,6 +474,24 @@ class SparsifyCallback(Traceless):
         if self.sparse is None:
             raise StateError("nothing is sparse yet: this callback has not been in a fit")
         return self.sparse
+
+    def prepare(self, learn: Learner) -> None:
+        """Makes the run, if it is not there yet, before another callback's file puts the network's weights back."""
+        self._make(self._network(learn))
+
+    def _network(self, learn: Learner) -> nn.Module:
+        model: Any = unwrapped(self._part if self._part is not None else cast(nn.Module, learn.model))
+        if self._part is not None and not any(m is model for m in cast(nn.Module, learn.model).modules()):
+            raise ArgumentError(
+                f"model={type(self._part).__name__} is no part of the learner's model, so training would not reach it; "
+                "give a part of it, such as model=learn.model[0]"
+            )
+        return model
+
+    def _make(self, model: nn.Module) -> None:
+        if self._is_new or self.sparse is None or self.sparse.sparsifier.model is not model:
+            self._build(model)  # anew, if it was built for a part: that may have been loaded since
+            self._is_new = False
 
     def _build(self, model: nn.Module) -> None:
         sparsifier = Sparsifier(

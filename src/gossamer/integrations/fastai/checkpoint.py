@@ -243,6 +243,11 @@ class Resume(Traceless):
         self._stopped: list[Callback] = []
         self._begun, self._epoch = False, -1
 
+    @property
+    def restores(self) -> bool:
+        """Whether something is still to be put back."""
+        return self._restore is not None
+
     def before_epoch(self) -> None:
         """Skips, or starts."""
         learn = cast(Learner, self.learn)

@@ -177,11 +177,15 @@ class FitFile:
         try:
             callback.check_state(state["sparse"])
             others = _others(callback, learn)
+            for other in others:
+                other.prepare(learn)
             if len(state["others"]) != len(others):
                 raise FileError(
                     f"{name} is of a fit with {len(state['others']) + 1} SparsifyCallbacks, and this one has "
                     f"{len(others) + 1}; give all of them"
                 )
+            for other, there in zip(others, state["others"], strict=True):
+                other.check_state(there)
             check_rest(state["learner"])
             restore_training(learn, state["learner"], self.path)
             callback.load_state_dict(state["sparse"])
