@@ -297,7 +297,9 @@ class MaxPool(nn.Module):
     """max_pool2d on a CPU, without dilation.
 
     Args:
-        kernel, stride, padding: (vertical, horizontal).
+        kernel: its size, (vertical, horizontal).
+        stride: from window to window.
+        padding: beyond each edge, of minus infinity.
         ceil: whether windows that stick out at the end count.
 
     Example:
