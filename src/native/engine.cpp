@@ -119,10 +119,38 @@ Tap tap(int32_t k, int32_t stride, int32_t padding, int32_t dilation) {
   return {int32_t(at - offset * stride), int32_t(offset)};
 }
 
+// Where all of a kernel's rows and columns lie, and the phases that they meet: an input is taken apart into those, so that
+// whatever the stride, neighbours in a phase are met by neighbours in the output.
+struct Phases {
+  std::vector<Tap> ys, xs;
+  std::vector<std::array<int32_t, 2>> all;  // row phase, column phase
+  std::vector<int32_t> of;                  // of each weight of a kernel: its place in `all`
+};
+Phases phases_of(const Shape& s) {
+  Phases p;
+  for (int32_t k = 0; k < s.kh; k++) p.ys.push_back(tap(k, s.sy, s.py, s.dy));
+  for (int32_t k = 0; k < s.kw; k++) p.xs.push_back(tap(k, s.sx, s.px, s.dx));
+  for (Tap y : p.ys) {
+    for (Tap x : p.xs) {
+      const std::array<int32_t, 2> phase{y.phase, x.phase};
+      const auto found = std::find(p.all.begin(), p.all.end(), phase);
+      p.of.push_back(int32_t(found - p.all.begin()));
+      if (found == p.all.end()) p.all.push_back(phase);
+    }
+  }
+  return p;
+}
+
+void list_planes(GossamerPlan& p, const Phases& phases) {
+  for (int32_t c = 0; c < p.layer->s.in * p.layer->s.groups; c++)
+    for (auto phase : phases.all) p.planes.insert(p.planes.end(), {c, phase[0], phase[1]});
+  p.n_phases = int32_t(phases.all.size());
+}
+
 // How wide and how high a tile is: as many pixels as registers hold, with the least that is done in vain. Costs are in
 // vector operations, as they were found on a Zen 4; elsewhere they are about as much to each other.
-bool choose_tile(GossamerPlan& p, const Shape& s, int32_t x_first, int32_t x_last, int32_t n_phases) {
-  const double planes = double(s.in) * s.groups * n_phases, out = s.out, nonzero = double(p.layer->values.size());
+bool choose_tile(GossamerPlan& p, const Shape& s, int32_t x_first, int32_t x_last) {
+  const double planes = double(p.planes.size()) / 3, out = s.out, nonzero = double(p.layer->values.size());
   const int32_t lanes = p.kernels->lanes, longest = p.kernels->longest;
   const int32_t halo = x_last - x_first;
   double best = 1e300;
@@ -157,28 +185,10 @@ bool choose_tile(GossamerPlan& p, const Shape& s, int32_t x_first, int32_t x_las
   return best < 1e300;
 }
 
-void pack(GossamerPlan& p, int32_t n_groups) {
+void pack(GossamerPlan& p, int32_t n_groups, const Phases& phases) {
   const GossamerLayer& layer = *p.layer;
   const Shape& s = layer.s;
-  const int32_t per_group = s.out / s.groups;
-  // Planes: of each channel the phases that the kernel meets.
-  std::vector<Tap> tys, txs;
-  for (int32_t k = 0; k < s.kh; k++) tys.push_back(tap(k, s.sy, s.py, s.dy));
-  for (int32_t k = 0; k < s.kw; k++) txs.push_back(tap(k, s.sx, s.px, s.dx));
-  std::vector<std::array<int32_t, 2>> phases;
-  for (auto y : tys)
-    for (auto x : txs)
-      if (std::find(phases.begin(), phases.end(), std::array<int32_t, 2>{y.phase, x.phase}) == phases.end())
-        phases.push_back({y.phase, x.phase});
-  std::vector<int32_t> phase_of(size_t(s.kh) * s.kw);
-  for (int32_t y = 0; y < s.kh; y++)
-    for (int32_t x = 0; x < s.kw; x++)
-      phase_of[y * s.kw + x] = int32_t(
-          std::find(phases.begin(), phases.end(), std::array<int32_t, 2>{tys[y].phase, txs[x].phase}) - phases.begin());
-  const int32_t n_phases = int32_t(phases.size()), channels = s.in * s.groups;
-  for (int32_t c = 0; c < channels; c++)
-    for (auto phase : phases) p.planes.insert(p.planes.end(), {c, phase[0], phase[1]});
-  const int32_t n_planes = channels * n_phases;
+  const int32_t per_group = s.out / s.groups, n_planes = int32_t(p.planes.size() / 3);
   const int64_t plane_vectors = int64_t(p.block_rows()) * p.row_vectors, bytes = plane_vectors * p.kernels->lanes * 4;
   int64_t block = std::max<int64_t>(1, L1 / bytes);
   block = std::min(block, MAX_PART / (int64_t(s.kh) * s.kw) + 1);
@@ -190,11 +200,11 @@ void pack(GossamerPlan& p, int32_t n_groups) {
   // Columns that are met, in order; the sums are shifted from one to the next.
   std::vector<int32_t> part_of(s.kw);
   std::vector<int32_t> columns;
-  for (auto x : txs) columns.push_back(x.offset);
+  for (Tap x : phases.xs) columns.push_back(x.offset);
   std::sort(columns.begin(), columns.end());
   columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
   for (int32_t x = 0; x < s.kw; x++)
-    part_of[x] = int32_t(std::lower_bound(columns.begin(), columns.end(), txs[x].offset) - columns.begin());
+    part_of[x] = int32_t(std::lower_bound(columns.begin(), columns.end(), phases.xs[x].offset) - columns.begin());
   p.n_shifts = int32_t(columns.size());
   for (size_t i = 0; i < columns.size(); i++) p.shifts.push_back(uint8_t(i ? columns[i] - columns[i - 1] : 0));
 
@@ -221,8 +231,9 @@ void pack(GossamerPlan& p, int32_t n_groups) {
       for (int64_t j = layer.starts[o]; j < layer.starts[o + 1]; j++) {
         const int32_t place = layer.places[j], tap_at = place % (s.kh * s.kw), c = base + place / (s.kh * s.kw);
         const int32_t ky = tap_at / s.kw, kx = tap_at % s.kw;
-        const int64_t plane = int64_t(c) * n_phases + phase_of[tap_at], b = plane / block;
-        const int64_t offset = (plane - b * block) * plane_vectors + int64_t(tys[ky].offset - p.y_first) * p.row_vectors;
+        const int64_t plane = int64_t(c) * p.n_phases + phases.of[tap_at], b = plane / block;
+        const int64_t row = phases.ys[ky].offset - p.y_first;
+        const int64_t offset = (plane - b * block) * plane_vectors + row * p.row_vectors;
         entries[b][i].push_back({part_of[kx], uint16_t(offset), layer.values[j]});
         first[i] = first[i] < 0 ? b : std::min(first[i], b);
         last[i] = std::max(last[i], b);
@@ -259,28 +270,13 @@ void pack(GossamerPlan& p, int32_t n_groups) {
 }
 
 // Each channel by itself: its plane is copied, padded and taken apart by phases, and each weight meets all of it.
-void plan_planes(GossamerPlan& p, int32_t x_last) {
-  const GossamerLayer& layer = *p.layer;
-  const Shape& s = layer.s;
-  const int32_t lanes = p.kernels->lanes;
-  std::vector<std::array<int32_t, 2>> phases;
-  auto phase_at = [&](Tap y, Tap x) {
-    const std::array<int32_t, 2> phase{y.phase, x.phase};
-    auto found = std::find(phases.begin(), phases.end(), phase);
-    if (found == phases.end()) found = phases.insert(phases.end(), phase);
-    return int32_t(found - phases.begin());
-  };
-  for (int32_t y = 0; y < s.kh; y++)
-    for (int32_t x = 0; x < s.kw; x++) phase_at(tap(y, s.sy, s.py, s.dy), tap(x, s.sx, s.px, s.dx));
-  for (int32_t c = 0; c < s.groups; c++)
-    for (auto phase : phases) p.planes.insert(p.planes.end(), {c, phase[0], phase[1]});
-  p.n_phases = int32_t(phases.size());
+void plan_planes(GossamerPlan& p, int32_t x_last, const Phases& phases) {
+  const int32_t lanes = p.kernels->lanes, kw = p.layer->s.kw;
   p.plane_pitch = int32_t(up(p.out_width + x_last - p.x_first, lanes)) * lanes;
   const int64_t rows = p.out_height + p.n_dy - 1;
-  for (int32_t place : layer.places) {
-    const Tap y = tap(place / s.kw, s.sy, s.py, s.dy), x = tap(place % s.kw, s.sx, s.px, s.dx);
-    p.plane_offsets.push_back(
-        int32_t((phase_at(y, x) * rows + y.offset - p.y_first) * p.plane_pitch + x.offset - p.x_first));
+  for (int32_t place : p.layer->places) {
+    const int64_t row = phases.of[place] * rows + phases.ys[place / kw].offset - p.y_first;
+    p.plane_offsets.push_back(int32_t(row * p.plane_pitch + phases.xs[place % kw].offset - p.x_first));
   }
 }
 
@@ -428,8 +424,6 @@ GossamerLayer* gossamer_layer_new(const float* weight, const float* bias, const 
 
 void gossamer_layer_free(GossamerLayer* layer) { delete layer; }
 
-int64_t gossamer_layer_nonzero(const GossamerLayer* layer) { return int64_t(layer->values.size()); }
-
 GossamerPlan* gossamer_plan_new(
     const GossamerLayer* layer, int64_t images, int32_t height, int32_t width, int32_t threads, int32_t isa,
     const char** why) try {
@@ -457,26 +451,25 @@ GossamerPlan* gossamer_plan_new(
   }
   int32_t y_last = INT_MIN, x_first = INT_MAX, x_last = INT_MIN;
   p->y_first = INT_MAX;
-  for (int32_t k = 0; k < s.kh; k++) {
-    const int32_t at = tap(k, s.sy, s.py, s.dy).offset;
-    p->y_first = std::min(p->y_first, at);
-    y_last = std::max(y_last, at);
+  const Phases phases = phases_of(s);
+  for (Tap y : phases.ys) {
+    p->y_first = std::min(p->y_first, y.offset);
+    y_last = std::max(y_last, y.offset);
   }
-  for (int32_t k = 0; k < s.kw; k++) {
-    const int32_t at = tap(k, s.sx, s.px, s.dx).offset;
-    x_first = std::min(x_first, at);
-    x_last = std::max(x_last, at);
+  for (Tap x : phases.xs) {
+    x_first = std::min(x_first, x.offset);
+    x_last = std::max(x_last, x.offset);
   }
+  list_planes(*p, phases);
   p->n_dy = y_last - p->y_first + 1;
   p->x_first = x_first;
-  const int32_t n_phases = std::min(s.sy, s.kh) * std::min(s.sx, s.kw);
   p->depthwise = s.groups > 1 && s.in == 1 &&
                  int64_t(p->out_height + p->n_dy) * s.sy * s.sx * (p->out_width + x_last - x_first + 16) < INT_MAX;
   if (p->depthwise) {
-    plan_planes(*p, x_last);
+    plan_planes(*p, x_last, phases);
     return p.release();
   }
-  if (x_last - x_first > 255 || !choose_tile(*p, s, x_first, x_last, n_phases)) {
+  if (x_last - x_first > 255 || !choose_tile(*p, s, x_first, x_last)) {
     *why = "the kernel is too wide";
     return nullptr;
   }
@@ -488,7 +481,7 @@ GossamerPlan* gossamer_plan_new(
   const int64_t tiles = images * p->across * p->down;
   int32_t groups = 1;
   while (threads > 1 && groups < s.out && tiles * groups < 6 * threads && (tiles * groups) % threads) groups++;
-  pack(*p, groups);
+  pack(*p, groups, phases);
   return p.release();
 } catch (const std::exception&) {
   *why = "not enough memory";
@@ -496,13 +489,6 @@ GossamerPlan* gossamer_plan_new(
 }
 
 void gossamer_plan_free(GossamerPlan* plan) { delete plan; }
-
-void gossamer_plan_info(const GossamerPlan* p, int64_t out[8]) {
-  const int64_t n_planes = p->depthwise ? 0 : int64_t(p->planes.size()) / 3;
-  const int64_t info[8] = {p->row_vectors, p->rows,         p->columns,                         p->across,
-                           p->down,        p->block_planes, p->depthwise ? 0 : up(n_planes, p->block_planes), int64_t(p->groups.size())};
-  std::memcpy(out, info, sizeof info);
-}
 
 int32_t gossamer_run(const GossamerStep* steps, int64_t n, int32_t threads) {
   std::atomic<int32_t> failed{0};

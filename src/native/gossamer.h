@@ -29,13 +29,10 @@ GOSSAMER_API const char* gossamer_isa(int32_t i);
 // paddings (y, x), dilations (y, x).
 GOSSAMER_API GossamerLayer* gossamer_layer_new(const float* weight, const float* bias, const int32_t* shape);
 GOSSAMER_API void gossamer_layer_free(GossamerLayer*);
-GOSSAMER_API int64_t gossamer_layer_nonzero(const GossamerLayer*);
 // Null where the layer does not fit the kernel (the message says why), or memory is short.
 GOSSAMER_API GossamerPlan* gossamer_plan_new(
     const GossamerLayer*, int64_t images, int32_t height, int32_t width, int32_t threads, int32_t isa, const char** why);
 GOSSAMER_API void gossamer_plan_free(GossamerPlan*);
-// vectors a row, rows a tile, columns a tile, tiles across, tiles down, planes a block, blocks, groups of channels
-GOSSAMER_API void gossamer_plan_info(const GossamerPlan*, int64_t out[8]);
 // These give 0, or 1 where memory is short.
 GOSSAMER_API int32_t gossamer_run(const GossamerStep* steps, int64_t n, int32_t threads);
 // A layer of 1×1 kernels as a linear one, for few tokens: [tokens, in channels] -> [tokens, out channels].

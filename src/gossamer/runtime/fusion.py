@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def _max_pool(node: Node) -> Any:
 
 
 def _arguments(node: Node, defaults: tuple[Any, ...]) -> list[Any]:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in cast(Any, node.target)._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
@@ -121,7 +121,7 @@ def _fold_norm(graph: GraphModule, node: Node, weight: Tensor, bias: Tensor | No
     is_first = item is not None and item.target is operator.getitem and item.args[1] == 0
     if item is None or not is_first or mean is None or variance is None:
         return node, (weight, bias)
-    factor = (variance.double() + float(norm.args[6])).rsqrt()  # type: ignore[arg-type]
+    factor = (variance.double() + float(cast(float, norm.args[6]))).rsqrt()
     factor = factor if scale is None else factor * scale.double()
     offset = -mean.double() if bias is None else bias.double() - mean.double()
     offset = offset * factor if shift is None else offset * factor + shift.double()

@@ -211,8 +211,11 @@ def _row(name: str, layer: nn.Module, share: float | None) -> PlanRow:
     kind = "linear" if isinstance(layer, Linear) else "conv2d"
     if conv.activation != "none":
         kind += f" + {conv.activation}"
-    why = f"{conv.sparsity:.1f} % zeros"
-    runs = "dense" if not conv.is_sparse else "compiled" if conv.sparsity < _WORTH else "sparse"
+    runs, why = "sparse", f"{_WORTH:g} % zeros or more"
+    if not conv.is_sparse:
+        runs, why = "dense", f"less than {_WORTH:g} % zeros, or few weights a channel"
+    elif conv.sparsity < _WORTH:
+        runs, why = "compiled", "a kernel for depthwise layers"
     return PlanRow(name, kind, runs, why, conv.sparsity, share)
 
 

@@ -287,11 +287,6 @@ class Linear(nn.Module):
         """Zeros in percent of the weight."""
         return self.conv.sparsity
 
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the compiled kernels run it."""
-        return self.conv.is_sparse
-
 
 class MaxPool(nn.Module):
     """max_pool2d on a CPU, without dilation.

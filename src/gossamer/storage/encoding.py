@@ -36,11 +36,6 @@ class Encoded:
     index: Tensor
     values: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both parts."""
-        return self.index.nbytes + self.values.nbytes
-
 
 def encode(tensor: Tensor) -> Encoded:
     """Leaves the zeros of a tensor out, in the smaller of two ways. Bit-exact: -0.0 counts as a value.

@@ -205,11 +205,11 @@ def contents(path: str | os.PathLike[str]) -> FileContents:
         tensor = _guarded(path, name, lambda name=name, entry=entry: _expand(name, entry, stored, tensors))
         tensors[name] = tensor
         parts = [stored[entry[part]] for part in ("index", "values") if part in entry]
-        dtype, how = str(tensor.dtype).removeprefix("torch."), str(entry["as"])
+        dtype, how = _name(tensor), str(entry["as"])
         if how == "same":
             how = f"same as {entry['of']}"
         elif parts[-1].dtype != tensor.dtype:
-            how = f"{how}, {str(parts[-1].dtype).removeprefix('torch.')}"
+            how = f"{how}, {_name(parts[-1])}"
         zeros = tensor.numel() - int(torch.count_nonzero(tensor)) if "float8" not in dtype else _zeros(tensor)
         size = sum(part.nbytes for part in parts)
         dense = tensor.nbytes if parts else 0
@@ -260,7 +260,7 @@ def _store(
     taken: Iterable[str],
 ) -> None:
     """Puts the smallest form of a tensor among those to be written, and what it is into the header."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = _name(tensor)
     encoded = encode(tensor)
     values: Tensor = encoded.values
     narrow = half is not None and tensor.is_floating_point() and tensor.ndim > 1 and tensor.element_size() > 2

@@ -149,9 +149,8 @@ class FitFile:
         skip = max(0, min(here, done))
         restore: Callable[[], None] | None = None
         said = ""
-        if state is not None and (
-            0 < done <= here or (done == 0 and anew)
-        ):  # beyond this fit it is for the next one to go on
+        # What lies beyond this fit is for the next one to put back.
+        if state is not None and (0 < done <= here or (done == 0 and anew)):
             self._put_back(callback, learn, state)
             restore = partial(self._restore_rest, callback, learn, state)
             left = "all is done" if span.done + here == span.total else "this fit is done, and the next goes on"

@@ -133,8 +133,7 @@ class KeepSparse(Traceless):
         # weights that it will put back.
         if not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
             self._hold(learn)
-        if self._guard is not None:
-            self._guard.leave()
+        self._drop_guard()
         self._guard = Guard(learn, partial(self._break_off, learn))
         if not self._silent and not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
             masks = self.sparse.sparsifier.masks
@@ -148,9 +147,8 @@ class KeepSparse(Traceless):
 
     def after_fit(self) -> None:
         """The fit has come to its end."""
-        if self._guard is not None and not cast(Learner, self.learn).lock.locked():
-            self._guard.leave()
-            self._guard = None
+        if not cast(Learner, self.learn).lock.locked():
+            self._drop_guard()
 
     def after_step(self) -> None:
         """Zeroes what is masked."""
@@ -181,9 +179,7 @@ class KeepSparse(Traceless):
 
     def leave(self) -> None:
         """Leaves the learner."""
-        if self._guard is not None:
-            self._guard.leave()
-            self._guard = None
+        self._drop_guard()
         if self.learn is None:
             return
         learn = cast(Learner, self.learn)
@@ -193,6 +189,9 @@ class KeepSparse(Traceless):
 
     def _break_off(self, learn: Learner) -> None:
         self._hold(learn)
+        self._drop_guard()
+
+    def _drop_guard(self) -> None:
         if self._guard is not None:
             self._guard.leave()
             self._guard = None
