@@ -11,15 +11,46 @@
 struct GossamerLayer;
 struct GossamerPlan;
 
-// One convolution to run. Linear layers are convolutions of one pixel a token.
+// Where a tensor's values are, in elements: rows of an image follow each other, channels and images lie this far apart.
+// Linear layers are convolutions of one pixel a token: a feature is a channel.
+struct GossamerView {
+  int64_t channel, image;
+};
+
+// A tensor in one of the buffers that a run is given.
+struct GossamerValue {
+  int32_t buffer;  // -1: there is none
+  int32_t unused;
+  int64_t at;      // its first element
+  GossamerView view;
+};
+
+enum GossamerKind : int32_t {
+  GOSSAMER_LAYER,     // out = act(layer(a) + b), or act(layer(a)) + b
+  GOSSAMER_MAX_POOL,  // window: kernel (y, x), stride (y, x), padding (y, x)
+  GOSSAMER_ADD,       // out = act(a + b), or act(a)
+  GOSSAMER_SCALE,     // out = a times b, which has one pixel
+  GOSSAMER_MEAN,      // of all pixels
+  GOSSAMER_COPY,      // from one view to another
+};
+
 struct GossamerStep {
-  const GossamerPlan* plan;
-  const float* in;        // [images, in channels, height, width]
-  const float* residual;  // as out, or null
-  float* out;             // [images, out channels, out height, out width]
+  const GossamerPlan* plan;  // of a layer
+  GossamerValue a, b, out;
+  int64_t images, channels;  // of a
+  int32_t height, width, out_height, out_width;
+  int32_t window[6];
+  int32_t kind;
+  int32_t activation;        // see float32/kernels.h
+  int32_t add_last;          // b after the activation
+  int32_t unused;
+};
+
+// What a layer is run on. direct: bit 0, a lies in whole vectors, images one after the other; bit 1, so do b and out.
+struct GossamerUse {
   int64_t images;
-  int32_t activation;     // see kernels.h
-  int32_t add_last;       // residual after the activation
+  int32_t height, width, threads, isa;  // isa: one of gossamer_isa, or -1 for the best
+  int32_t direct, unused;
 };
 
 GOSSAMER_API int32_t gossamer_abi();
@@ -30,14 +61,16 @@ GOSSAMER_API const char* gossamer_isa(int32_t i);
 GOSSAMER_API GossamerLayer* gossamer_layer_new(const float* weight, const float* bias, const int32_t* shape);
 GOSSAMER_API void gossamer_layer_free(GossamerLayer*);
 // Null where the layer does not fit the kernel (the message says why), or memory is short.
-GOSSAMER_API GossamerPlan* gossamer_plan_new(
-    const GossamerLayer*, int64_t images, int32_t height, int32_t width, int32_t threads, int32_t isa, const char** why);
+GOSSAMER_API GossamerPlan* gossamer_plan_new(const GossamerLayer*, const GossamerUse*, const char** why);
 GOSSAMER_API void gossamer_plan_free(GossamerPlan*);
-// These give 0, or 1 where memory is short.
-GOSSAMER_API int32_t gossamer_run(const GossamerStep* steps, int64_t n, int32_t threads);
-// A layer of 1×1 kernels as a linear one, for few tokens: [tokens, in channels] -> [tokens, out channels].
-GOSSAMER_API int32_t gossamer_run_tokens(
-    const GossamerLayer*, const float* in, float* out, int64_t tokens, int32_t activation, int32_t threads);
-// shape: height, width, out height, out width, kernel (y, x), stride (y, x), padding (y, x)
-GOSSAMER_API int32_t gossamer_max_pool(
-    const float* in, float* out, int64_t planes, const int32_t* shape, int32_t threads);
+// What the plan is expected to cost, in multiplications of the widest vectors from the first-level cache.
+GOSSAMER_API double gossamer_plan_cost(const GossamerPlan*);
+// In words: instruction set, tile, blocks. Into `text` of `size` bytes.
+GOSSAMER_API void gossamer_plan_text(const GossamerPlan*, char* text, int64_t size);
+// The same for a dense kernel, PyTorch's.
+GOSSAMER_API double gossamer_dense_cost(const GossamerLayer*, const GossamerUse*);
+// 0, or 1 where memory is short. seconds: of each step, or null.
+GOSSAMER_API int32_t gossamer_run(
+    const GossamerStep* steps, int64_t n, float* const* buffers, int32_t threads, double* seconds);
+
+// storage: see codec.cpp

@@ -18,11 +18,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.native import native
 from gossamer.runtime.fusion import fuse
-from gossamer.runtime.operators import Convolution, Geometry, Linear, MaxPool
+from gossamer.runtime.layers import Geometry, Layer
+from gossamer.runtime.segment import OPERATORS, Segment, gather
 
 _GRAPHS = 4
 """Captures that a network keeps, beside the first, for inputs that need one of their own."""
-_OURS = (Convolution, Linear, MaxPool)
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,20 @@ class CompiledModel(nn.Module):
         """
         graph = self.graph
         if not isinstance(graph, GraphModule):
-            inner = {id(m.conv) for m in graph.modules() if isinstance(m, Linear)}
-            return [_row(n, m, None) for n, m in graph.named_modules() if isinstance(m, _OURS) and id(m) not in inner]
+            return [_row(n, s.graph.operator, None) for n, s in graph.named_modules() if isinstance(s, Segment)]
         shares = _shares(graph, args) if args else {}
         rows: list[PlanRow] = []
         for node in graph.graph.nodes:
-            share = shares.get(node.name)
-            if node.op == "call_module" and isinstance(layer := graph.get_submodule(str(node.target)), _OURS):
-                rows.append(_row(str(node.target), layer, share))
+            module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, Segment):
+                for inner in module.graph.graph.nodes:
+                    if inner.op == "call_module":
+                        name = str(inner.target)
+                        rows.append(_row(name, module.graph.get_submodule(name), shares.get(name)))
+            elif isinstance(module, OPERATORS):
+                rows.append(_row(str(node.target), module, shares.get(node.name)))
             elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-                rows.append(PlanRow(node.name, str(node.target), "torch", "no kernel", None, share))
+                rows.append(PlanRow(node.name, str(node.target), "torch", "no kernel", None, shares.get(node.name)))
         return rows
 
 
@@ -199,31 +203,25 @@ def _table(rows: Sequence[PlanRow]) -> str:
     return "\n".join(lines)
 
 
-def _conv_of(layer: nn.Module) -> Convolution | None:
-    conv = layer.conv if isinstance(layer, Linear) else layer
-    return conv if isinstance(conv, Convolution) else None
-
-
-def _row(name: str, layer: nn.Module, share: float | None) -> PlanRow:
-    conv = _conv_of(layer)
-    if conv is None:
-        return PlanRow(name, type(layer).__name__, "compiled", "no weights", None, share)
-    kind = "linear" if isinstance(layer, Linear) else "conv2d"
-    if conv.activation != "none":
-        kind += f" + {conv.activation}"
+def _row(name: str, module: nn.Module, share: float | None) -> PlanRow:
+    if not isinstance(module, Layer):
+        return PlanRow(name, type(module).__name__, "compiled", "no weights", None, share)
+    kind = "linear" if module.geometry is None else "conv2d"
+    if module.activation != "none":
+        kind += f" + {module.activation}"
     runs, why = "sparse", f"{_WORTH:g} % zeros or more"
-    if not conv.is_sparse:
+    if not module.is_sparse:
         runs, why = "dense", f"less than {_WORTH:g} % zeros, or few weights a channel"
-    elif conv.sparsity < _WORTH:
+    elif module.sparsity < _WORTH:
         runs, why = "compiled", "a kernel for depthwise layers"
-    return PlanRow(name, kind, runs, why, conv.sparsity, share)
+    return PlanRow(name, kind, runs, why, module.sparsity, share)
 
 
-def runs_sparse(conv: Convolution) -> bool:
+def runs_sparse(layer: Layer) -> bool:
     """Whether a layer is faster by its non-zero weights than dense, by what both cost on average."""
-    if conv.is_depthwise:  # a kernel of its own, which is no slower where nothing is zero
+    if layer.is_depthwise:  # a kernel of its own, which is no slower where nothing is zero
         return True
-    return conv.weight[0].numel() >= 16 and conv.sparsity >= _WORTH
+    return layer.weight[0].numel() >= 16 and layer.sparsity >= _WORTH
 
 
 _WORTH = 40.0
@@ -238,8 +236,9 @@ def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | 
     graph = _captured(model, args, kwargs or {})
     fuse(graph)
     for module in graph.modules():
-        if isinstance(module, Convolution):
+        if isinstance(module, Layer):
             module.is_sparse = runs_sparse(module)
+    gather(graph)
     return graph
 
 
@@ -283,16 +282,14 @@ def _layer_of(module: nn.Module) -> nn.Module | None:
     if module._forward_hooks or module._forward_pre_hooks or any(p.dtype != torch.float32 for p in module.parameters()):
         return None
     if type(module) is nn.Linear:
-        linear = Linear(module.weight, module.bias)
-        linear.conv.is_sparse = runs_sparse(linear.conv)
-        return linear
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        layer = Layer(module.weight, module.bias)
+    elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         padding: Any = module.padding
         geometry = Geometry(_two(module.stride), _two(padding), _two(module.dilation), module.groups)
-        conv = Convolution(module.weight, module.bias, geometry)
-        conv.is_sparse = runs_sparse(conv)
-        return conv
-    return None
+        layer = Layer(module.weight, module.bias, geometry)
+    else:
+        return None
+    return Segment.of(layer) if runs_sparse(layer) else None
 
 
 def _dynamic(arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -311,6 +308,14 @@ class _Timer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         began = time.perf_counter()
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, Segment):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            result, steps = module.timed(*args)
+            for name, seconds in steps:
+                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.seconds[n.name] = self.seconds.get(n.name, 0.0) + time.perf_counter() - began - sum(t for _, t in steps)
+            return result
         result = super().run_node(n)
         self.seconds[n.name] = self.seconds.get(n.name, 0.0) + time.perf_counter() - began
         return result

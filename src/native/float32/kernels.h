@@ -1,5 +1,5 @@
-// What is compiled once per instruction set. No std header here or in kernels.cpp: an inline function of the standard
-// library that is compiled with wide vectors in one file and without in another may be kept in either form.
+// What is compiled once per instruction set. No std header here or where it is included: an inline function of the
+// standard library that is compiled with wide vectors in one file and without in another may be kept in either form.
 #pragma once
 #include <stdint.h>
 
@@ -8,28 +8,35 @@ namespace gossamer {
 // What follows the sum: y = act(x + bias + residual), or act(x + bias) + residual.
 enum Activation : int32_t { NONE, RELU, RELU6, SILU, GELU, GELU_TANH, HARDSWISH, HARDSIGMOID, SIGMOID, N_ACTIVATIONS };
 
-// The rows of a tile that are written, and where to.
+// Where the values of a tensor are, in floats: rows follow each other, images and channels lie this far apart.
+struct View {
+  int64_t channel, image;
+};
+
+// The rows of a tile that are written, and where to. A tile holds rows of one image or, side by side, of several.
 struct Writer {
   float* out;             // of the first output channel at the tile's first pixel
-  const float* residual;  // the same place in another tensor of the output's shape, or null
+  const float* residual;  // the same place in another tensor, or null
   const float* bias;      // one a channel, or null
-  int64_t plane;          // floats from one channel to the next
-  int32_t pitch;          // floats from one row to the next, in out
-  int32_t rows, columns;  // of the tile that are inside the output
-  int32_t tile_pitch, first;  // floats from one row to the next in the tile, and where its first pixel is
+  View view, residual_view;
+  int32_t pitch;          // floats from one row to the next, in both
+  int32_t images, rows, columns;  // of the tile that are inside the output
+  int32_t image_pitch, tile_pitch, first;  // floats from one image and row to the next in the tile; its first pixel
   int32_t activation, add_last;
+  int32_t direct;         // the tile is whole vectors, and they lie in the output as they are
 };
 
 // A group of output channels over a block of input planes, for one tile.
 struct Rows {
   const float* x;           // the block's planes, aligned
   const float* weights;     // in the order in which they are used
-  const uint16_t* offsets;  // of the input vector that each one meets, in vectors
+  const uint16_t* offsets;  // of the input vector that each one meets, in units
   const uint16_t* counts;   // n_shifts a row: how many weights before the next shift
   const uint32_t* rows;     // channel in the group, and two flags
   const int32_t* channels;  // channel in the group -> output channel
   const uint8_t* shifts;    // how far to shift before each part
   float* sums;              // tile of each channel in the group
+  int64_t unit;             // of offsets, in floats
   int32_t n_rows, n_shifts;
   Writer write;
 };
@@ -38,14 +45,15 @@ constexpr uint32_t FIRST = 1u << 31, LAST = 1u << 30;  // of the blocks that a c
 
 // How the planes of a block come out of the input.
 struct Copy {
-  const float* in;   // the image
-  float* to;         // the block, aligned
+  const float* in;        // the tile's first image
+  float* to;              // the block, aligned; what is not copied is zero already
   const int32_t* planes;  // channel, row phase, column phase of each
-  int64_t in_plane;  // floats from one channel to the next
+  View view;              // of the input
   int32_t n_planes, height, width;  // of the input
   int32_t stride_y, stride_x;
   int32_t y, x;              // of the block's first pixel, in the coordinates of a phase; may lie outside
-  int32_t rows, columns, pitch;  // of a plane in the block; columns are copied, the rest of the pitch is zero
+  int32_t images, image_pitch;  // side by side in a row of the block
+  int32_t rows, columns, pitch;  // of a plane in the block; columns are those that an image may fill
 };
 
 // One channel of a depthwise convolution: a few weights, each of which meets the whole plane.
@@ -58,9 +66,9 @@ struct Plane {
   Writer write;            // rows and columns are the output's
 };
 
-// The largest of each window, plane by plane.
+// The largest of each window of one plane.
 struct Pool {
-  const float* in;  // of one plane
+  const float* in;
   float* out;
   float* row;  // scratch of width + 2 vectors
   int32_t height, width, out_height, out_width;
@@ -69,13 +77,30 @@ struct Pool {
 
 // Few tokens through a linear layer: the weights of a row that are not zero, times what they meet.
 struct Tokens {
-  const float *weights, *in;  // in: [tokens, in features]
+  const float *weights, *in;  // of feature f and token t: in[f * feature + t * token]
   const int32_t* places;      // of each weight, in its row
   const int64_t* starts;      // of each row's weights
   const float* bias;
-  float* out;  // [tokens, out features]
-  int64_t in_features, out_features, first, last;  // rows [first, last)
+  float* out;
+  View in_view, out_view;     // channel: from one feature to the next, image: from one token to the next
+  int64_t first, last;        // rows [first, last)
   int32_t tokens, activation;
+};
+
+// n floats of one plane: out = act(a + b), act(a), or a times the number in b.
+struct Elements {
+  const float *a, *b;
+  float* out;
+  int64_t n;
+  int32_t activation;
+};
+
+// [rows, columns] -> [columns, rows]
+struct Turn {
+  const float* in;
+  float* out;
+  int64_t in_pitch, out_pitch;
+  int32_t rows, columns;
 };
 
 struct Kernels {
@@ -87,10 +112,16 @@ struct Kernels {
   void (*plane)(const Plane&);
   void (*max_pool)(const Pool&);
   void (*tokens)(const Tokens&);
+  void (*add)(const Elements&);
+  void (*scale)(const Elements&);
+  float (*sum)(const float*, int64_t n);
+  void (*turn)(const Turn&);
+  void (*multiply)(const float* x, int64_t n, float* result);  // for timing: n vectors, each into one of 16 sums
 };
 
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
+namespace avx512_256 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 
 }  // namespace gossamer
