@@ -125,7 +125,7 @@ def _mean(node: Node) -> Any:
     if node.target is _ATEN.adaptive_avg_pool2d.default and _is_image(x) and _pair(size) == (1, 1):
         return Mean(), node, [x], node.name
     if node.target is _ATEN.mean.dim and _is_image(x) and not node.kwargs:
-        _, axes, keep = _arguments(node, (None, None, False))[:3]
+        _, axes, keep, _ = _arguments(node, (None, None, False, None))
         if sorted(int(a) % 4 for a in axes or ()) == [2, 3]:
             return Mean(bool(keep)), node, [x], node.name
     return None

@@ -184,7 +184,7 @@ class CompiledModel(nn.Module):
                 for inner in module.graph.graph.nodes:
                     if inner.op == "call_module":
                         name = str(inner.target)
-                        rows.append(_row(name, module.graph.get_submodule(name), shares.get(name)))
+                        rows.append(_row(name, module.graph.get_submodule(name), shares.get(name, 0.0) if args else None))
             elif isinstance(module, OPERATORS):
                 rows.append(_row(str(node.target), module, shares.get(node.name)))
             elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
