@@ -58,7 +58,23 @@ class Use(ctypes.Structure):
         ("threads", c_int32),
         ("isa", c_int32),
         ("direct", c_int32),
+        ("dry", c_int32),
+    )
+
+
+class Run(ctypes.Structure):
+    """Steps, and the buffers that they run over."""
+
+    _fields_ = (
+        ("steps", c_void_p),
+        ("n_steps", c_int64),
+        ("buffers", POINTER(c_void_p)),
+        ("strides", POINTER(c_int64)),
+        ("n_buffers", c_int64),
+        ("batches", c_int64),
+        ("threads", c_int32),
         ("unused", c_int32),
+        ("seconds", POINTER(c_double)),
     )
 
 
@@ -71,7 +87,8 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_plan_cost", c_double, (c_void_p,)),
     ("gossamer_plan_text", None, (c_void_p, c_char_p, c_int64)),
     ("gossamer_dense_cost", c_double, (c_void_p, POINTER(Use))),
-    ("gossamer_run", c_int32, (c_void_p, c_int64, POINTER(c_void_p), c_int32, POINTER(c_double))),
+    ("gossamer_run", c_int32, (POINTER(Run),)),
+    ("gossamer_cache", c_int64, ()),
     ("gossamer_count_bits", c_int64, (c_void_p, c_int64)),
     ("gossamer_count_gaps", c_int64, (c_void_p, c_int64, POINTER(c_int64))),
     ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),

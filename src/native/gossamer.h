@@ -50,7 +50,8 @@ struct GossamerStep {
 struct GossamerUse {
   int64_t images;
   int32_t height, width, threads, isa;  // isa: one of gossamer_isa, or -1 for the best
-  int32_t direct, unused;
+  int32_t direct;
+  int32_t dry;  // only the cost is asked for
 };
 
 GOSSAMER_API int32_t gossamer_abi();
@@ -69,8 +70,21 @@ GOSSAMER_API double gossamer_plan_cost(const GossamerPlan*);
 GOSSAMER_API void gossamer_plan_text(const GossamerPlan*, char* text, int64_t size);
 // The same for a dense kernel, PyTorch's.
 GOSSAMER_API double gossamer_dense_cost(const GossamerLayer*, const GossamerUse*);
-// 0, or 1 where memory is short. seconds: of each step, or null.
-GOSSAMER_API int32_t gossamer_run(
-    const GossamerStep* steps, int64_t n, float* const* buffers, int32_t threads, double* seconds);
+
+// Steps over some buffers, `batches` times, each time on the next part of each buffer; batches are shared out to threads,
+// or, where there is one, each step is.
+struct GossamerRun {
+  const GossamerStep* steps;
+  int64_t n_steps;
+  float* const* buffers;   // the first is memory for what is between steps, a part for each thread that takes batches
+  const int64_t* strides;  // of each buffer's parts, in elements
+  int64_t n_buffers, batches;
+  int32_t threads, unused;
+  double* seconds;         // of each step, or null; with one batch
+};
+// 0, or 1 where memory is short.
+GOSSAMER_API int32_t gossamer_run(const GossamerRun*);
+// Bytes of the second-level cache.
+GOSSAMER_API int64_t gossamer_cache();
 
 // storage: see codec.cpp

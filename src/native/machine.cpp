@@ -10,14 +10,15 @@
 namespace gossamer {
 namespace {
 
-int64_t cache_size() {
-  int64_t size = 0;
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
-  if (size <= 0) size = 32 * 1024;
-  return std::min<int64_t>(std::max<int64_t>(size, 16 * 1024), 128 * 1024);
+int64_t cache_size(int name, int64_t least, int64_t most, int64_t unknown) {
+  const int64_t size = name < 0 ? 0 : int64_t(sysconf(name));
+  return size <= 0 ? unknown : std::min(std::max(size, least), most);
 }
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+constexpr int LEVEL1 = _SC_LEVEL1_DCACHE_SIZE, LEVEL2 = _SC_LEVEL2_CACHE_SIZE;
+#else
+constexpr int LEVEL1 = -1, LEVEL2 = -1;
+#endif
 
 // Nanoseconds of a float, the least of several: whatever disturbs only adds.
 double time_of(const Kernels& kernels, const float* x, int64_t floats) {
@@ -34,7 +35,8 @@ double time_of(const Kernels& kernels, const float* x, int64_t floats) {
 Machine look() {
   Machine m;
   // Most of it, since weights pass through as well.
-  m.l1 = cache_size() * 7 / 8;
+  m.l1 = cache_size(LEVEL1, 16 << 10, 128 << 10, 32 << 10) * 7 / 8;
+  m.l2 = cache_size(LEVEL2, 256 << 10, 16 << 20, 1 << 20);
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -69,3 +71,5 @@ const Machine& machine() {
 }
 
 }  // namespace gossamer
+
+int64_t gossamer_cache() { return gossamer::machine().l2; }

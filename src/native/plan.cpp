@@ -398,6 +398,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     p->all_vectors = up(pixels, p->kernels->lanes);
     p->width = p->out_width = int32_t(pixels);
     p->write_direct = use->direct & 2;
+    if (use->dry) return p.release();
     share_out(*p, groups_for(*p, use->threads, p->across));
     pack(*p, phases, tile.block, 1);
     return p.release();
@@ -414,6 +415,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     *why = "the kernel is too high";
     return nullptr;
   }
+  if (use->dry) return p.release();
   p->has_gaps = !pointwise || p->tile_images > 1;
   share_out(*p, groups_for(*p, use->threads, p->along * p->across * p->down));
   pack(*p, phases, std::max<int64_t>(1, machine().l1 / (plane_vectors * p->kernels->lanes * 4)), plane_vectors);

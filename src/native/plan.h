@@ -30,9 +30,9 @@ struct Group {
   std::vector<Block> blocks;
 };
 
-// What this machine is like: its cache, and what a multiplication of a narrow vector costs, over that of the widest.
+// What this machine is like: its caches, and what a multiplication of a narrow vector costs, over that of the widest.
 struct Machine {
-  int64_t l1;
+  int64_t l1, l2;
   std::vector<const Kernels*> kernels;  // best first
   std::vector<double> costs;            // of one multiplication with what lies in the cache, the cheapest being 1
 };

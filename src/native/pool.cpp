@@ -23,7 +23,7 @@ constexpr int SPINS = 4000;  // some tens of microseconds, which is what lies be
 // of the job that the thread has read; once it is claimed the job stays until it is done.
 class Pool {
  public:
-  bool run(int64_t n, int threads, const std::function<void(int64_t)>& work) {
+  bool run(int64_t n, int threads, const std::function<void(int64_t, int)>& work) {
     if (!busy_.try_lock()) return false;
     std::lock_guard<std::mutex> one(busy_, std::adopt_lock);
     grow(threads - 1);
@@ -37,7 +37,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    take(job);
+    take(job, 0);
     while (done_.load(std::memory_order_acquire) < n) RELAX();
     // Closed: else a thread that is late could claim an item of it by the next job's n.
     ticket_.store((job << 32) | 0xffffffff, std::memory_order_release);
@@ -58,13 +58,13 @@ class Pool {
     while (int(threads_.size()) < n) threads_.emplace_back([this, i = int(threads_.size())] { live(i); });
   }
 
-  void take(uint64_t job) {
+  void take(uint64_t job, int worker) {
     uint64_t now = ticket_.load(std::memory_order_acquire);
     while (now >> 32 == job) {
       const int64_t item = int64_t(now & 0xffffffff);
       if (item >= n_.load(std::memory_order_relaxed)) return;
       if (!ticket_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
-      (*work_.load(std::memory_order_relaxed))(item);
+      (*work_.load(std::memory_order_relaxed))(item, worker);
       done_.fetch_add(1, std::memory_order_acq_rel);
       now = ticket_.load(std::memory_order_acquire);
     }
@@ -88,7 +88,7 @@ class Pool {
       }
       if (stop_.load(std::memory_order_relaxed)) return;
       seen = now;
-      if (i < limit_.load(std::memory_order_relaxed)) take(now);
+      if (i < limit_.load(std::memory_order_relaxed)) take(now, i + 1);
     }
   }
 
@@ -97,7 +97,7 @@ class Pool {
   std::vector<std::thread> threads_;
   std::atomic<uint64_t> ticket_{0};
   std::atomic<int64_t> n_{0}, done_{0};
-  std::atomic<const std::function<void(int64_t)>*> work_{nullptr};
+  std::atomic<const std::function<void(int64_t, int)>*> work_{nullptr};
   std::atomic<int> limit_{0}, sleeping_{0};
   std::atomic<bool> stop_{false};
 };
@@ -106,7 +106,7 @@ int64_t process() { return int64_t(getpid()); }
 
 }  // namespace
 
-void share(int64_t n, int threads, const std::function<void(int64_t)>& work) {
+void share(int64_t n, int threads, const std::function<void(int64_t, int)>& work) {
   // Never freed: a thread of the program may still be in a run when it exits. A forked child has none of the threads,
   // and a pool of its own.
   static std::atomic<Pool*> pool{nullptr};
@@ -122,7 +122,7 @@ void share(int64_t n, int threads, const std::function<void(int64_t)>& work) {
     }
     if (pool.load()->run(n, threads, work)) return;
   }
-  for (int64_t i = 0; i < n; i++) work(i);
+  for (int64_t i = 0; i < n; i++) work(i, 0);
 }
 
 }  // namespace gossamer

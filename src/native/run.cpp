@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "plan.h"
 #include "pool.h"
@@ -302,12 +303,9 @@ void run_layer(const Run& run, int64_t item) {
   }
 }
 
-}  // namespace
-
-int32_t gossamer_run(const GossamerStep* steps, int64_t n, float* const* buffers, int32_t threads, double* seconds) {
-  std::atomic<int32_t> failed{0};
-  for (int64_t i = 0; i < n && !failed.load(); i++) {
-    const GossamerStep& s = steps[i];
+void run_steps(const GossamerRun& all, float* const* buffers, int threads, std::atomic<int32_t>& failed) {
+  for (int64_t i = 0; i < all.n_steps && !failed.load(); i++) {
+    const GossamerStep& s = all.steps[i];
     const auto began = std::chrono::steady_clock::now();
     const Run run{s, place(s.a, buffers), place(s.b, buffers), place(s.out, buffers)};
     const bool turn = is_turn(s);
@@ -315,7 +313,7 @@ int32_t gossamer_run(const GossamerStep* steps, int64_t n, float* const* buffers
     const int64_t items = s.kind == GOSSAMER_LAYER ? s.plan->items()
                           : turn ? up(run.a.view.channel == 1 ? s.channels : s.images, EACH)
                                  : Planes(s, int64_t(s.height) * s.width).items();
-    share(items, threads, [&](int64_t item) {
+    share(items, threads, [&](int64_t item, int) {
       try {
         if (s.kind == GOSSAMER_LAYER) run_layer(run, item);
         else if (turn) run_turn(run, item, EACH);
@@ -324,7 +322,26 @@ int32_t gossamer_run(const GossamerStep* steps, int64_t n, float* const* buffers
         failed.store(1);
       }
     });
-    if (seconds) seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+    if (all.seconds) all.seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   }
+}
+
+}  // namespace
+
+int32_t gossamer_run(const GossamerRun* run) {
+  std::atomic<int32_t> failed{0};
+  if (run->batches == 1) {
+    run_steps(*run, run->buffers, run->threads, failed);
+    return failed.load();
+  }
+  share(run->batches, run->threads, [&](int64_t batch, int worker) {
+    try {
+      std::vector<float*> buffers(size_t(run->n_buffers));
+      for (int64_t i = 0; i < run->n_buffers; i++) buffers[i] = run->buffers[i] + (i ? batch : worker) * run->strides[i];
+      run_steps(*run, buffers.data(), 1, failed);
+    } catch (const std::bad_alloc&) {
+      failed.store(1);
+    }
+  });
   return failed.load();
 }

@@ -155,7 +155,7 @@ class Layer(nn.Module):
             plan = self._plans.pop(key, None)
             if plan is None:
                 why = ctypes.c_char_p()
-                use = Use(x.images, *x.size, threads, self._isa, direct)
+                use = Use(x.images, *x.size, threads, self._isa, direct, 0)
                 pointer = native().gossamer_plan_new(self._native().pointer, ctypes.byref(use), ctypes.byref(why))
                 if not pointer:
                     return None
@@ -165,9 +165,17 @@ class Layer(nn.Module):
                 self._plans.popitem(last=False)
             return plan
 
+    def cost(self, x: Signature, threads: int, direct: int = 0) -> float | None:
+        """What a plan would be expected to take, without making it; None where there can be none."""
+        why, use = ctypes.c_char_p(), Use(x.images, *x.size, threads, self._isa, direct, 1)
+        pointer = native().gossamer_plan_new(self._native().pointer, ctypes.byref(use), ctypes.byref(why))
+        if not pointer:
+            return None
+        return float(native().gossamer_plan_cost(Handle(pointer, native().gossamer_plan_free).pointer))
+
     def dense_cost(self, x: Signature) -> float:
         """What PyTorch is expected to take, in the units of a plan's cost."""
-        use = Use(x.images, *x.size, 1, self._isa, 0)
+        use = Use(x.images, *x.size, 1, self._isa, 0, 0)
         return float(native().gossamer_dense_cost(self._native().pointer, ctypes.byref(use)))
 
     def _native(self) -> Handle:

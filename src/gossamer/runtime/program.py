@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from gossamer.native import Step, Value, View, native
+from gossamer.native import Run, Step, Value, View, native
 from gossamer.runtime.activations import CODES
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Handle, Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool
 from gossamer.runtime.values import FEW, Layout, Signature, arrange, as_torch, planar
 
 _KINDS = {"layer": 0, "max_pool": 1, "add": 2, "scale": 3, "mean": 4, "copy": 5}  # GossamerKind
+_PAGE = 1024  # floats, which threads that write do not share
 
 
 class DoesNotFitError(Exception):
@@ -34,7 +35,6 @@ class _Place:
     buffer: int | None  # None: own memory
     parent: _Place | None = None  # of whose memory it is a part
     shift: int = 0  # where in that, in elements
-    span: list[int] = field(default_factory=list)  # steps in which it is used
     at: int = 0
 
     @property
@@ -66,6 +66,19 @@ class _Step:
     module: nn.Module | None
     name: str
 
+    @property
+    def places(self) -> list[_Place]:
+        return [p for p in (self.a, self.b, self.out) if p is not None]
+
+    @property
+    def is_together(self) -> bool:
+        """Whether all that it reads and writes is planar."""
+        return all(p.is_planar for p in self.places)
+
+    @property
+    def direct(self) -> int:
+        return (IN_PLACE if self.a.is_whole else 0) + (OUT_PLACE if self.is_together and self.out.is_whole else 0)
+
 
 class Program:
     """What runs a graph of the engine's operators on inputs of given shapes.
@@ -83,24 +96,10 @@ class Program:
         self.inputs, self.threads = tuple(inputs), threads
         self._plans: list[Handle] = []
         steps, self.outputs = _lower(graph, inputs)
-        for i, step in enumerate(steps):
-            for place in (step.a, step.b, step.out):
-                if place is not None:
-                    place.root.span = [min([i, *place.root.span]), max([i, *place.root.span])]
-        places = [p.root for s in steps for p in (s.a, s.b, s.out) if p is not None]
-        own = list({id(p): p for p in places if p.is_planar}.values())
-        sizes = [p.layout.channel * p.value.channels for p in own]
-        at, self._size = arrange(sizes, [(p.span[0], p.span[1]) for p in own])
-        for place, where in zip(own, at, strict=True):
-            place.at = where
         self.names = [s.name for s in steps]
+        self.memory = _arrange(steps)
         self._steps = (Step * len(steps))(*[self._native(s) for s in steps])
-        self._memory: list[Tensor] = []
-
-    @property
-    def cost(self) -> float:
-        """What its layers are expected to take, in the units of a plan's cost."""
-        return sum(native().gossamer_plan_cost(plan.pointer) for plan in self._plans)
+        self._kept: list[Tensor] = []
 
     def texts(self) -> dict[str, str]:
         """How each layer's kernel goes about it, in words."""
@@ -113,30 +112,47 @@ class Program:
                 texts[name] = text.value.decode()
         return texts
 
-    def run(self, *inputs: Tensor, seconds: Any = None) -> list[Tensor]:
-        """The results for contiguous inputs of the program's shapes. Threads of the caller's may run it at once.
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        batches: int = 1,
+        threads: int | None = None,
+        seconds: Any = None,
+    ) -> None:
+        """Runs on contiguous tensors. Threads of the caller's may run it at once.
 
         Args:
-            inputs: one a placeholder.
+            inputs: one a placeholder, of `batches` times its images.
+            outputs: likewise; they are written.
+            batches: how often, each time on the next part of each tensor.
+            threads: how many take batches.
             seconds: an array of doubles, one a step, for what each takes.
         """
-        results = [x.new_empty(o.shape) for x, o in zip([inputs[0]] * len(self.outputs), self.outputs, strict=True)]
+        threads = threads or self.threads
+        size = -(-self.memory // _PAGE) * _PAGE
+        workers = min(threads, batches)
         try:
-            memory = self._memory.pop()  # of nobody else from now on
+            memory = self._kept.pop()  # of nobody else from now on
         except IndexError:
-            memory = inputs[0].new_zeros(self._size + 8 * 16)
+            memory = torch.empty(0)
+        if len(memory) < size * workers + _PAGE:
+            memory = torch.zeros(size * workers + _PAGE)
         start = memory.data_ptr() + -memory.data_ptr() % 64
-        pointers = [start, *(x.data_ptr() for x in inputs), *(r.data_ptr() for r in results)]
-        buffers = (ctypes.c_void_p * len(pointers))(*pointers)
-        failed = native().gossamer_run(self._steps, len(self._steps), buffers, self.threads, seconds)
-        self._memory.append(memory)
+        given = (*inputs, *outputs)
+        buffers = (ctypes.c_void_p * (1 + len(given)))(start, *(x.data_ptr() for x in given))
+        strides = (ctypes.c_int64 * len(buffers))(size, *(x.numel() // batches for x in given))
+        run = Run(
+            ctypes.addressof(self._steps), len(self._steps), buffers, strides, len(buffers), batches, threads, 0, seconds
+        )
+        failed = native().gossamer_run(ctypes.byref(run))
+        self._kept.append(memory)
         if failed:
             raise MemoryError("not enough memory for the scratch of a sparse layer")
-        return results
 
     def _native(self, step: _Step) -> Step:
         a, out = step.a.value, step.out.value
-        together = all(p is not None and p.is_planar for p in (step.a, step.b, step.out) if p is not None)
+        together = step.is_together
         images, size, out_size = a.images, a.size, out.size
         if step.kind in ("add", "copy") and together:  # one run of numbers a channel
             images, size = 1, (1, a.images * a.pixels)
@@ -158,13 +174,68 @@ class Program:
             result.window = (ctypes.c_int32 * 6)(*module.kernel, *module.stride, *module.padding)
         if isinstance(module, Layer):
             result.add_last = int(module.add_last)
-            direct = (IN_PLACE if step.a.is_whole else 0) + (OUT_PLACE if together and step.out.is_whole else 0)
-            plan = module.plan(a, self.threads, direct)
+            plan = module.plan(a, self.threads, step.direct)
             if plan is None:
                 raise DoesNotFitError(step.name)
             self._plans.append(plan)
             result.plan = plan.pointer
         return result
+
+
+def estimate(graph: GraphModule, inputs: Sequence[Signature], threads: int, batches: int = 1) -> dict[str, float]:
+    """What each operator of a graph is expected to take, by its name, in the units of a plan's cost.
+
+    Args:
+        graph: as `Program` takes it.
+        inputs: of one batch.
+        threads: how many share each step, or the batches where there are several.
+        batches: how many there are.
+
+    Raises:
+        DoesNotFitError: some operator has no kernel for these shapes.
+    """
+    steps, _ = _lower(graph, inputs)
+    shared = threads if batches == 1 else 1
+    times = 1 / threads if batches == 1 else -(-batches // threads)  # of what one thread would take
+    cache = native().gossamer_cache()
+    costs: dict[str, float] = {}
+    for step in steps:
+        lines = [p.value.images * p.value.channels * p.value.pixels * p.value.dtype.itemsize / 64 for p in step.places]
+        cost = 4 * sum(lines)
+        if isinstance(step.module, Layer):
+            found = step.module.cost(step.a.value, shared, step.direct)
+            if found is None:
+                raise DoesNotFitError(step.name)
+            cost = found
+        if 64 * sum(lines) > _FRESH * cache * shared:  # what was written a step before has left the cache
+            cost += _AWAY * sum(lines)
+        costs[step.name] = costs.get(step.name, 0.0) + cost * times + (_MEET if shared > 1 else 0)
+    return costs
+
+
+_AWAY = 24.0
+"""What a line costs that comes from beyond the second-level cache, or goes there: as fitted on an Emerald Rapids."""
+
+_FRESH = 0.75
+"""Of the second-level cache, how much of a step before is there still."""
+
+_MEET = 4000.0
+"""What it costs that threads wait for each other after a step."""
+
+
+def _arrange(steps: Sequence[_Step]) -> int:
+    """Gives each value between steps its place, and says how much there is in all."""
+    spans: dict[int, tuple[_Place, list[int]]] = {}
+    for i, step in enumerate(steps):
+        for place in step.places:
+            if place.root.is_planar:
+                spans.setdefault(id(place.root), (place.root, []))[1].append(i)
+    own = [place for place, _ in spans.values()]
+    sizes = [p.layout.channel * p.value.channels for p in own]
+    at, size = arrange(sizes, [(min(used), max(used)) for _, used in spans.values()])
+    for place, where in zip(own, at, strict=True):
+        place.at = where
+    return size
 
 
 def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step], list[Signature]]:

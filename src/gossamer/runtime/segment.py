@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -17,14 +16,15 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from gossamer.native import native
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool, Mean, Scale
-from gossamer.runtime.program import DoesNotFitError, Program
+from gossamer.runtime.program import DoesNotFitError
+from gossamer.runtime.stages import Stage, make_stages, run_stages
 from gossamer.runtime.values import Signature
 
 OPERATORS = (Layer, MaxPool, Add, Scale, Mean, Flatten, Concat)
 """What the engine runs."""
 
-_PROGRAMS = 16
-"""Programs that a segment keeps, one for each shapes and number of threads."""
+_KEPT = 16
+"""Ways of running that a segment keeps, one for each shapes and number of threads."""
 
 
 class Segment(nn.Module):
@@ -43,7 +43,7 @@ class Segment(nn.Module):
         super().__init__()
         self.graph = graph
         self._tokens = _tokens(graph)
-        self._programs: OrderedDict[Any, Program | None] = OrderedDict()
+        self._kept: OrderedDict[Any, list[Stage] | None] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -56,44 +56,38 @@ class Segment(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the graph gives."""
-        program = self.program(*inputs)
-        if program is None:
-            return self.graph(*inputs)
-        results = program.run(*[x.contiguous() for x in inputs])
-        return results[0] if len(results) == 1 else results
+        stages = self.stages(*inputs)
+        return self.graph(*inputs) if stages is None else run_stages(stages, inputs)
 
     def timed(self, *inputs: Tensor) -> tuple[Any, list[tuple[str, float]]]:
         """What the graph gives, and the seconds of each step by the name of its operator."""
-        program = self.program(*inputs)
-        if program is None:
-            return self.graph(*inputs), []
-        seconds = (ctypes.c_double * len(program.names))()
-        results = program.run(*[x.contiguous() for x in inputs], seconds=seconds)
-        return (results[0] if len(results) == 1 else results), list(zip(program.names, seconds, strict=True))
+        stages, seconds = self.stages(*inputs), list[tuple[str, float]]()
+        result = self.graph(*inputs) if stages is None else run_stages(stages, inputs, seconds)
+        return result, seconds
 
-    def program(self, *inputs: Tensor) -> Program | None:
+    def stages(self, *inputs: Tensor) -> list[Stage] | None:
         """What runs inputs of these shapes; None where PyTorch has to."""
         if native() is None or not all(is_plain(x) and x.numel() for x in inputs):
             return None
         threads = torch.get_num_threads()
         key = (threads, *(x.shape for x in inputs))
         with self._lock:
-            if key in self._programs:
-                self._programs.move_to_end(key)
-                return self._programs[key]
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
             try:
                 values = [_signature(x, tokens) for x, tokens in zip(inputs, self._tokens, strict=True)]
-                program = Program(self.graph, values, threads)
+                stages = make_stages(self.graph, values, threads)
             except DoesNotFitError:
-                program = None
-            self._programs[key] = program
-            while len(self._programs) > _PROGRAMS:
-                self._programs.popitem(last=False)
-            return program
+                stages = None
+            self._kept[key] = stages
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return stages
 
     # Copied and pickled networks make their own.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -101,7 +95,7 @@ class Segment(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Segment:
         super()._apply(fn, recurse)
-        self._programs = OrderedDict()
+        self._kept = OrderedDict()
         return self
 
 
