@@ -62,12 +62,14 @@ Phases phases_of(const Shape& s) {
 struct Costs {
   double multiply;  // of a vector of these lanes
   explicit Costs(double of) : multiply(of) {}
-  // Of a weight: its broadcast and its offset, and no less than the sums' latency.
-  double weight(int32_t t) const { return std::max(8.0, t * multiply + 2.5); }
+  // Of a weight: its broadcast and its offset, and no less than a part of the sums' latency.
+  double weight(int32_t t) const { return std::max(5.5, t * multiply + 1.0); }
+  // The same where what it meets comes from the second-level cache.
+  double far_weight(int32_t t) const { return std::max(5.5, 2.2 * t * multiply + 1.0); }
   // Of a row of a block: the loop's end is guessed wrong, and the sums are shifted from part to part.
-  double row(int32_t t, int32_t shifts) const { return 16.0 + shifts * 8.0 + (shifts - 1) * 2.0 * t * multiply; }
+  double row(int32_t t, int32_t shifts) const { return 6.0 + shifts * 8.0 + (shifts - 1) * 2.0 * t * multiply; }
   // Of sums that are kept from one block to the next, in the second-level cache.
-  double sums(int32_t t) const { return 3.0 * t * multiply + 6; }
+  double sums(int32_t t) const { return 5.0 * t * multiply; }
 };
 
 struct Tile {
@@ -155,7 +157,7 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa) {
         const double block = cached ? std::max(1.0, std::floor(double(machine().l1) / bytes)) : n_planes;
         const double blocks = std::ceil(n_planes / block), met = std::min(out * blocks, nonzero + out);
         if (!cached && n_planes * bytes <= double(machine().l1)) continue;
-        const double weight = cached ? costs.weight(int32_t(t)) : std::max(8.0, 2.5 * double(t) * multiply + 2.5);
+        const double weight = cached ? costs.weight(int32_t(t)) : costs.far_weight(int32_t(t));
         const double cost = double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
                                              std::max(0.0, met - out) * costs.sums(int32_t(t)) +
                                              n_planes * double(t) * 2 + out * (8 + 4.0 * double(t)));
