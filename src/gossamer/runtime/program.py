@@ -16,7 +16,7 @@ from gossamer.native import Step, Value, View, native
 from gossamer.runtime.activations import CODES
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Handle, Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool
-from gossamer.runtime.values import FEW, Layout, Signature, arrange, as_torch, planar
+from gossamer.runtime.values import FEW, Layout, Signature, arrange, as_torch, in_lines, planar
 
 _KINDS = {"layer": 0, "max_pool": 1, "add": 2, "scale": 3, "mean": 4, "copy": 5}  # GossamerKind
 
@@ -89,7 +89,7 @@ class Program:
                     place.root.span = [min([i, *place.root.span]), max([i, *place.root.span])]
         places = [p.root for s in steps for p in (s.a, s.b, s.out) if p is not None]
         own = list({id(p): p for p in places if p.is_planar}.values())
-        sizes = [p.layout.channel * p.value.channels for p in own]
+        sizes = [in_lines(p.layout.channel * p.value.channels, p.value.dtype) for p in own]
         at, self._size = arrange(sizes, [(p.span[0], p.span[1]) for p in own])
         for place, where in zip(own, at, strict=True):
             place.at = where
