@@ -108,6 +108,8 @@ class Layer(nn.Module):
         g = self.geometry or Geometry()
         if x.is_tokens != (self.geometry is None) or x.channels != self.weight.shape[1] * g.groups:
             return None
+        if x.dtype != self.weight.dtype:
+            return None
         kernel = self.weight.shape[2:] or (1, 1)
         size = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -175,8 +177,9 @@ class Layer(nn.Module):
             g = self.geometry or Geometry()
             sizes = (*self.weight.shape, 1, 1)[:4]
             shape = (*sizes, g.groups, *g.stride, *g.padding, *g.dilation)
+            weight = self.weight.contiguous()  # whatever layout the network was brought into since
             pointer = native().gossamer_layer_new(
-                self.weight.data_ptr(),
+                weight.data_ptr(),
                 None if self.bias is None else self.bias.data_ptr(),
                 (ctypes.c_int32 * len(shape))(*shape),
             )
