@@ -172,8 +172,7 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
     modules = {n: graph.get_submodule(str(n.target)) for n in graph.graph.nodes if n.op == "call_module"}
     values = _signatures(graph, modules, inputs)
     wanted = _wanted_planar(modules, values)
-    returned: Any = next(n for n in graph.graph.nodes if n.op == "output").args[0]
-    returns: list[Node] = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    returns = returns_of(graph)
     buffers, places, steps = count(1), dict[Node, _Place](), list[_Step]()
 
     def own(value: Signature) -> _Place:
@@ -187,7 +186,7 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             places[node] = _Place(values[node], as_torch(values[node]), next(buffers))
-    outside = {n: _Place(values[n], as_torch(values[n]), next(buffers)) for n in dict.fromkeys(returns)}
+    outside = {n: _Place(values[n], as_torch(values[n]), next(buffers)) for n in returns}
     inside = _parts(modules, values, returns)  # of a concatenation, which are written where they belong
     for node, module in modules.items():
         # A copy of an input is made where it is first wanted.
@@ -215,7 +214,7 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
                 if whole not in places:
                     places[whole] = own(values[whole])
                 place = _Place(values[node], places[whole].layout, None, places[whole], at * places[whole].layout.channel)
-            elif node in outside and _writes_anywhere(module, values[node]) and set(node.users) <= {_output(graph)}:
+            elif node in outside and _writes_anywhere(module, values[node]) and set(node.users) <= {output_of(graph)}:
                 place = outside[node]
             else:
                 place = own(values[node])
@@ -227,11 +226,18 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
     for node in returns:
         if node.op == "placeholder":
             steps.append(_Step("copy", places[node], None, outside[node], None, node.name))
-    return steps, [values[n] for n in dict.fromkeys(returns)]
+    return steps, [values[n] for n in returns]
 
 
-def _output(graph: GraphModule) -> Node:
+def output_of(graph: GraphModule) -> Node:
+    """The node that says what a graph returns."""
     return next(n for n in graph.graph.nodes if n.op == "output")
+
+
+def returns_of(graph: GraphModule) -> list[Node]:
+    """What a graph returns, each once."""
+    returned: Any = output_of(graph).args[0]
+    return list(dict.fromkeys(returned if isinstance(returned, (tuple, list)) else [returned]))
 
 
 def _signatures(graph: GraphModule, modules: dict[Node, Any], inputs: Sequence[Signature]) -> dict[Node, Signature]:

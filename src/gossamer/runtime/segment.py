@@ -5,19 +5,20 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from gossamer.native import native
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool, Mean, Scale
-from gossamer.runtime.program import DoesNotFitError, Program
+from gossamer.runtime.program import DoesNotFitError, Program, output_of, returns_of
 from gossamer.runtime.values import Signature
 
 OPERATORS = (Layer, MaxPool, Add, Scale, Mean, Flatten, Concat)
@@ -59,8 +60,7 @@ class Segment(nn.Module):
         program = self.program(*inputs)
         if program is None:
             return self.graph(*inputs)
-        results = program.run(*[x.contiguous() for x in inputs])
-        return results[0] if len(results) == 1 else results
+        return self._given(program.run(*[x.contiguous() for x in inputs]))
 
     def timed(self, *inputs: Tensor) -> tuple[Any, list[tuple[str, float]]]:
         """What the graph gives, and the seconds of each step by the name of its operator."""
@@ -69,7 +69,13 @@ class Segment(nn.Module):
             return self.graph(*inputs), []
         seconds = (ctypes.c_double * len(program.names))()
         results = program.run(*[x.contiguous() for x in inputs], seconds=seconds)
-        return (results[0] if len(results) == 1 else results), list(zip(program.names, seconds, strict=True))
+        return self._given(results), list(zip(program.names, seconds, strict=True))
+
+    def _given(self, results: Sequence[Tensor]) -> Any:
+        """The results of a program in the place of what the graph returns, each once."""
+        returned = output_of(self.graph).args[0]
+        values = dict(zip(returns_of(self.graph), results, strict=True))
+        return map_arg(returned, lambda node: values[node])
 
     def program(self, *inputs: Tensor) -> Program | None:
         """What runs inputs of these shapes; None where PyTorch has to."""
@@ -107,7 +113,8 @@ class Segment(nn.Module):
 
 def is_plain(x: Tensor) -> bool:
     """Whether the compiled kernels can read a tensor: float32, on the CPU, and nobody asks for its gradient."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+    is_here = x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
+    return is_here and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def gather(graph: GraphModule) -> None:
