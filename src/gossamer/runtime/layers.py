@@ -86,7 +86,6 @@ class Layer(nn.Module):
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
         self.geometry, self.activation, self.add_last, self.is_sparse = geometry, activation, add_last, is_sparse
-        self._isa = -1  # the best that there is
         self._layer: Handle | None = None
         self._plans: OrderedDict[tuple[int, ...], Handle] = OrderedDict()
         self._lock = threading.Lock()
@@ -144,20 +143,21 @@ class Layer(nn.Module):
 
     # -- compiled -----------------------------------------------------------------------------------------------------
 
-    def plan(self, x: Signature, threads: int, direct: int = 0) -> Handle | None:
+    def plan(self, x: Signature, threads: int, direct: int = 0, isa: int = -1) -> Handle | None:
         """How the compiled kernels run it on an input; None where they cannot. Whoever holds it keeps it.
 
         Args:
             x: the input.
             threads: how many share it.
             direct: `IN_PLACE` and `OUT_PLACE`, added.
+            isa: which of the machine's instruction sets, best first; -1 for what suits the layer.
         """
-        key = (x.images, *x.size, threads, direct)
+        key = (x.images, *x.size, threads, direct, isa)
         with self._lock:
             plan = self._plans.pop(key, None)
             if plan is None:
                 why = ctypes.c_char_p()
-                use = Use(x.images, *x.size, threads, self._isa, direct)
+                use = Use(x.images, *x.size, threads, isa, direct)
                 pointer = native().gossamer_plan_new(self._native().pointer, ctypes.byref(use), ctypes.byref(why))
                 if not pointer:
                     return None
@@ -169,7 +169,7 @@ class Layer(nn.Module):
 
     def dense_cost(self, x: Signature) -> float:
         """What PyTorch is expected to take, in the units of a plan's cost."""
-        use = Use(x.images, *x.size, 1, self._isa, 0)
+        use = Use(x.images, *x.size, 1, -1, 0)
         return float(native().gossamer_dense_cost(self._native().pointer, ctypes.byref(use)))
 
     def _native(self) -> Handle:

@@ -74,13 +74,14 @@ class Program:
         graph: whose nodes are all operators of the engine.
         inputs: of the placeholders.
         threads: how many share each step.
+        isa: which of the machine's instruction sets, best first; -1 for what suits each step.
 
     Raises:
         DoesNotFitError: some operator has no kernel for these shapes.
     """
 
-    def __init__(self, graph: GraphModule, inputs: Sequence[Signature], threads: int) -> None:
-        self.inputs, self.threads = tuple(inputs), threads
+    def __init__(self, graph: GraphModule, inputs: Sequence[Signature], threads: int, isa: int = -1) -> None:
+        self.inputs, self.threads, self._isa = tuple(inputs), threads, isa
         self._plans: list[Handle] = []
         steps, self.outputs = _lower(graph, inputs)
         for i, step in enumerate(steps):
@@ -151,6 +152,7 @@ class Program:
             *out_size,
         )
         result.kind = _KINDS[step.kind]
+        result.isa = max(0, self._isa)
         module = step.module
         if isinstance(module, (Layer, Add)):
             result.activation = CODES[module.activation]
@@ -159,7 +161,7 @@ class Program:
         if isinstance(module, Layer):
             result.add_last = int(module.add_last)
             direct = (IN_PLACE if step.a.is_whole else 0) + (OUT_PLACE if together and step.out.is_whole else 0)
-            plan = module.plan(a, self.threads, direct)
+            plan = module.plan(a, self.threads, direct, self._isa)
             if plan is None:
                 raise DoesNotFitError(step.name)
             self._plans.append(plan)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
@@ -44,6 +43,8 @@ class Segment(nn.Module):
         super().__init__()
         self.graph = graph
         self._tokens = _tokens(graph)
+        self._order = _order(graph)
+        self._isa = -1  # the best that there is
         self._programs: OrderedDict[Any, Program | None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -72,10 +73,9 @@ class Segment(nn.Module):
         return self._given(results), list(zip(program.names, seconds, strict=True))
 
     def _given(self, results: Sequence[Tensor]) -> Any:
-        """The results of a program in the place of what the graph returns, each once."""
-        returned = output_of(self.graph).args[0]
-        values = dict(zip(returns_of(self.graph), results, strict=True))
-        return map_arg(returned, lambda node: values[node])
+        """The results of a program, each of which is there once, as the graph returns them."""
+        order = self._order
+        return results[order] if isinstance(order, int) else tuple(results[i] for i in order)
 
     def program(self, *inputs: Tensor) -> Program | None:
         """What runs inputs of these shapes; None where PyTorch has to."""
@@ -89,7 +89,7 @@ class Segment(nn.Module):
                 return self._programs[key]
             try:
                 values = [_signature(x, tokens) for x, tokens in zip(inputs, self._tokens, strict=True)]
-                program = Program(self.graph, values, threads)
+                program = Program(self.graph, values, threads, self._isa)
             except DoesNotFitError:
                 program = None
             self._programs[key] = program
@@ -170,6 +170,13 @@ def _tokens(graph: GraphModule) -> list[bool]:
                     known.update({n: kind for n in sides if n not in known})
         if len(known) == before:
             return [known.get(n, False) for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def _order(graph: GraphModule) -> int | list[int]:
+    """Which of a program's results is returned where."""
+    returned: Any = output_of(graph).args[0]
+    results = returns_of(graph)
+    return [results.index(n) for n in returned] if isinstance(returned, (tuple, list)) else results.index(returned)
 
 
 def _inputs(node: Node) -> list[Node]:
