@@ -44,7 +44,7 @@ class Step(ctypes.Structure):
         ("kind", c_int32),
         ("activation", c_int32),
         ("add_last", c_int32),
-        ("unused", c_int32),
+        ("isa", c_int32),
     )
 
 

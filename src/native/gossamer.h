@@ -43,7 +43,7 @@ struct GossamerStep {
   int32_t kind;
   int32_t activation;        // see float32/kernels.h
   int32_t add_last;          // b after the activation
-  int32_t unused;
+  int32_t isa;               // one of gossamer_isa, for what has no plan
 };
 
 // What a layer is run on. direct: bit 0, a lies in whole vectors, images one after the other; bit 1, so do b and out.

@@ -220,7 +220,7 @@ void run_tokens(const Run& run, int64_t item) {
   // A residual is added afterwards, and what follows it too.
   const bool more = run.b.data != nullptr;
   t.activation = more && !run.step.add_last ? NONE : run.step.activation;
-  const Kernels& kernels = *machine().kernels[0];
+  const Kernels& kernels = *run.step.plan->kernels;
   const int64_t pixels = int64_t(run.step.height) * run.step.width;
   for (int64_t image = 0; image < run.step.images; image++) {
     t.in = at(run.a, image, 0);
@@ -236,6 +236,11 @@ void run_tokens(const Run& run, int64_t item) {
   }
 }
 
+const Kernels& kernels_of(const GossamerStep& s) {
+  const auto& all = machine().kernels;
+  return *all[std::min(size_t(std::max(s.isa, 0)), all.size() - 1)];
+}
+
 // Some planes to an item, since one may be small.
 struct Planes {
   int64_t all, each;
@@ -249,7 +254,7 @@ struct Planes {
 };
 void run_plane_step(const Run& run, int64_t item) {
   const GossamerStep& s = run.step;
-  const Kernels& kernels = *machine().kernels[0];
+  const Kernels& kernels = kernels_of(s);
   const int64_t pixels = int64_t(s.height) * s.width;
   Planes(s, pixels).of(item, s, [&](int64_t image, int64_t channel) {
     const float* in = at(run.a, image, channel);
@@ -291,7 +296,7 @@ void run_turn(const Run& run, int64_t item, int64_t each) {
   t.out = run.out.data + from * t.out_pitch;
   t.rows = int32_t(to_features ? s.images : s.channels);
   t.columns = int32_t(n);
-  machine().kernels[0]->turn(t);
+  kernels_of(s).turn(t);
 }
 
 void run_layer(const Run& run, int64_t item) {

@@ -86,7 +86,6 @@ class Layer(nn.Module):
         self.register_buffer("weight", weight.detach().contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
         self.geometry, self.activation, self.add_last, self.is_sparse = geometry, activation, add_last, is_sparse
-        self._isa = -1  # the best that there is
         self._layer: Handle | None = None
         self._plans: OrderedDict[tuple[int, ...], Handle] = OrderedDict()
         self._lock = threading.Lock()
@@ -107,6 +106,8 @@ class Layer(nn.Module):
         """Of the result; None where the kernel cannot give it."""
         g = self.geometry or Geometry()
         if x.is_tokens != (self.geometry is None) or x.channels != self.weight.shape[1] * g.groups:
+            return None
+        if x.dtype != self.weight.dtype:
             return None
         kernel = self.weight.shape[2:] or (1, 1)
         size = [
@@ -138,24 +139,27 @@ class Layer(nn.Module):
         """What it does, in short."""
         shape = "×".join(map(str, self.weight.shape))
         where = f", stride={self.geometry.stride}, padding={self.geometry.padding}" if self.geometry else ""
-        return f"{shape}{where}, {self.activation}, {self.sparsity:.1f} % zeros, {'sparse' if self.is_sparse else 'dense'}"
+        return (
+            f"{shape}{where}, {self.activation}, {self.sparsity:.1f} % zeros, {'sparse' if self.is_sparse else 'dense'}"
+        )
 
     # -- compiled -----------------------------------------------------------------------------------------------------
 
-    def plan(self, x: Signature, threads: int, direct: int = 0) -> Handle | None:
+    def plan(self, x: Signature, threads: int, direct: int = 0, isa: int = -1) -> Handle | None:
         """How the compiled kernels run it on an input; None where they cannot. Whoever holds it keeps it.
 
         Args:
             x: the input.
             threads: how many share it.
             direct: `IN_PLACE` and `OUT_PLACE`, added.
+            isa: which of the machine's instruction sets, best first; -1 for what suits the layer.
         """
-        key = (x.images, *x.size, threads, direct)
+        key = (x.images, *x.size, threads, direct, isa)
         with self._lock:
             plan = self._plans.pop(key, None)
             if plan is None:
                 why = ctypes.c_char_p()
-                use = Use(x.images, *x.size, threads, self._isa, direct, 0)
+                use = Use(x.images, *x.size, threads, isa, direct, 0)
                 pointer = native().gossamer_plan_new(self._native().pointer, ctypes.byref(use), ctypes.byref(why))
                 if not pointer:
                     return None
@@ -165,9 +169,9 @@ class Layer(nn.Module):
                 self._plans.popitem(last=False)
             return plan
 
-    def cost(self, x: Signature, threads: int, direct: int = 0) -> float | None:
+    def cost(self, x: Signature, threads: int, direct: int = 0, isa: int = -1) -> float | None:
         """What a plan would be expected to take, without making it; None where there can be none."""
-        why, use = ctypes.c_char_p(), Use(x.images, *x.size, threads, self._isa, direct, 1)
+        why, use = ctypes.c_char_p(), Use(x.images, *x.size, threads, isa, direct, 1)
         pointer = native().gossamer_plan_new(self._native().pointer, ctypes.byref(use), ctypes.byref(why))
         if not pointer:
             return None
@@ -175,7 +179,7 @@ class Layer(nn.Module):
 
     def dense_cost(self, x: Signature) -> float:
         """What PyTorch is expected to take, in the units of a plan's cost."""
-        use = Use(x.images, *x.size, 1, self._isa, 0, 0)
+        use = Use(x.images, *x.size, 1, -1, 0, 0)
         return float(native().gossamer_dense_cost(self._native().pointer, ctypes.byref(use)))
 
     def _native(self) -> Handle:
@@ -183,8 +187,9 @@ class Layer(nn.Module):
             g = self.geometry or Geometry()
             sizes = (*self.weight.shape, 1, 1)[:4]
             shape = (*sizes, g.groups, *g.stride, *g.padding, *g.dilation)
+            weight = self.weight.contiguous()  # whatever layout the network was brought into since
             pointer = native().gossamer_layer_new(
-                self.weight.data_ptr(),
+                weight.data_ptr(),
                 None if self.bias is None else self.bias.data_ptr(),
                 (ctypes.c_int32 * len(shape))(*shape),
             )

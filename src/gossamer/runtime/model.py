@@ -184,7 +184,9 @@ class CompiledModel(nn.Module):
                 for inner in module.graph.graph.nodes:
                     if inner.op == "call_module":
                         name = str(inner.target)
-                        rows.append(_row(name, module.graph.get_submodule(name), shares.get(name, 0.0) if args else None))
+                        rows.append(
+                            _row(name, module.graph.get_submodule(name), shares.get(name, 0.0) if args else None)
+                        )
             elif isinstance(module, OPERATORS):
                 rows.append(_row(str(node.target), module, shares.get(node.name)))
             elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
@@ -314,7 +316,9 @@ class _Timer(Interpreter):
             result, steps = module.timed(*args)
             for name, seconds in steps:
                 self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-            self.seconds[n.name] = self.seconds.get(n.name, 0.0) + time.perf_counter() - began - sum(t for _, t in steps)
+            self.seconds[n.name] = (
+                self.seconds.get(n.name, 0.0) + time.perf_counter() - began - sum(t for _, t in steps)
+            )
             return result
         result = super().run_node(n)
         self.seconds[n.name] = self.seconds.get(n.name, 0.0) + time.perf_counter() - began

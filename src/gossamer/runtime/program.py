@@ -16,7 +16,7 @@ from gossamer.native import Run, Step, Value, View, native
 from gossamer.runtime.activations import CODES
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Handle, Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool
-from gossamer.runtime.values import FEW, Layout, Signature, arrange, as_torch, planar
+from gossamer.runtime.values import FEW, Layout, Signature, arrange, as_torch, in_lines, planar
 
 _KINDS = {"layer": 0, "max_pool": 1, "add": 2, "scale": 3, "mean": 4, "copy": 5}  # GossamerKind
 _PAGE = 1024  # floats, which threads that write do not share
@@ -87,13 +87,14 @@ class Program:
         graph: whose nodes are all operators of the engine.
         inputs: of the placeholders.
         threads: how many share each step.
+        isa: which of the machine's instruction sets, best first; -1 for what suits each step.
 
     Raises:
         DoesNotFitError: some operator has no kernel for these shapes.
     """
 
-    def __init__(self, graph: GraphModule, inputs: Sequence[Signature], threads: int) -> None:
-        self.inputs, self.threads = tuple(inputs), threads
+    def __init__(self, graph: GraphModule, inputs: Sequence[Signature], threads: int, isa: int = -1) -> None:
+        self.inputs, self.threads, self._isa = tuple(inputs), threads, isa
         self._plans: list[Handle] = []
         steps, self.outputs = _lower(graph, inputs)
         self.names = [s.name for s in steps]
@@ -143,7 +144,15 @@ class Program:
         buffers = (ctypes.c_void_p * (1 + len(given)))(start, *(x.data_ptr() for x in given))
         strides = (ctypes.c_int64 * len(buffers))(size, *(x.numel() // batches for x in given))
         run = Run(
-            ctypes.addressof(self._steps), len(self._steps), buffers, strides, len(buffers), batches, threads, 0, seconds
+            ctypes.addressof(self._steps),
+            len(self._steps),
+            buffers,
+            strides,
+            len(buffers),
+            batches,
+            threads,
+            0,
+            seconds,
         )
         failed = native().gossamer_run(ctypes.byref(run))
         self._kept.append(memory)
@@ -167,6 +176,7 @@ class Program:
             *out_size,
         )
         result.kind = _KINDS[step.kind]
+        result.isa = max(0, self._isa)
         module = step.module
         if isinstance(module, (Layer, Add)):
             result.activation = CODES[module.activation]
@@ -174,7 +184,7 @@ class Program:
             result.window = (ctypes.c_int32 * 6)(*module.kernel, *module.stride, *module.padding)
         if isinstance(module, Layer):
             result.add_last = int(module.add_last)
-            plan = module.plan(a, self.threads, step.direct)
+            plan = module.plan(a, self.threads, step.direct, self._isa)
             if plan is None:
                 raise DoesNotFitError(step.name)
             self._plans.append(plan)
@@ -182,7 +192,9 @@ class Program:
         return result
 
 
-def estimate(graph: GraphModule, inputs: Sequence[Signature], threads: int, batches: int = 1) -> dict[str, float]:
+def estimate(
+    graph: GraphModule, inputs: Sequence[Signature], threads: int, batches: int = 1, isa: int = -1
+) -> dict[str, float]:
     """What each operator of a graph is expected to take, by its name, in the units of a plan's cost.
 
     Args:
@@ -190,6 +202,7 @@ def estimate(graph: GraphModule, inputs: Sequence[Signature], threads: int, batc
         inputs: of one batch.
         threads: how many share each step, or the batches where there are several.
         batches: how many there are.
+        isa: the instruction set's number; -1 for the best.
 
     Raises:
         DoesNotFitError: some operator has no kernel for these shapes.
@@ -203,7 +216,7 @@ def estimate(graph: GraphModule, inputs: Sequence[Signature], threads: int, batc
         lines = [p.value.images * p.value.channels * p.value.pixels * p.value.dtype.itemsize / 64 for p in step.places]
         cost = 4 * sum(lines)
         if isinstance(step.module, Layer):
-            found = step.module.cost(step.a.value, shared, step.direct)
+            found = step.module.cost(step.a.value, shared, step.direct, isa)
             if found is None:
                 raise DoesNotFitError(step.name)
             cost = found
@@ -231,7 +244,7 @@ def _arrange(steps: Sequence[_Step]) -> int:
             if place.root.is_planar:
                 spans.setdefault(id(place.root), (place.root, []))[1].append(i)
     own = [place for place, _ in spans.values()]
-    sizes = [p.layout.channel * p.value.channels for p in own]
+    sizes = [in_lines(p.layout.channel * p.value.channels, p.value.dtype) for p in own]
     at, size = arrange(sizes, [(min(used), max(used)) for _, used in spans.values()])
     for place, where in zip(own, at, strict=True):
         place.at = where
@@ -243,8 +256,7 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
     modules = {n: graph.get_submodule(str(n.target)) for n in graph.graph.nodes if n.op == "call_module"}
     values = _signatures(graph, modules, inputs)
     wanted = _wanted_planar(modules, values)
-    returned: Any = next(n for n in graph.graph.nodes if n.op == "output").args[0]
-    returns: list[Node] = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    returns = returns_of(graph)
     buffers, places, steps = count(1), dict[Node, _Place](), list[_Step]()
 
     def own(value: Signature) -> _Place:
@@ -258,7 +270,7 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             places[node] = _Place(values[node], as_torch(values[node]), next(buffers))
-    outside = {n: _Place(values[n], as_torch(values[n]), next(buffers)) for n in dict.fromkeys(returns)}
+    outside = {n: _Place(values[n], as_torch(values[n]), next(buffers)) for n in returns}
     inside = _parts(modules, values, returns)  # of a concatenation, which are written where they belong
     for node, module in modules.items():
         # A copy of an input is made where it is first wanted.
@@ -285,8 +297,10 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
                 whole, at = inside[node]
                 if whole not in places:
                     places[whole] = own(values[whole])
-                place = _Place(values[node], places[whole].layout, None, places[whole], at * places[whole].layout.channel)
-            elif node in outside and _writes_anywhere(module, values[node]) and set(node.users) <= {_output(graph)}:
+                place = _Place(
+                    values[node], places[whole].layout, None, places[whole], at * places[whole].layout.channel
+                )
+            elif node in outside and _writes_anywhere(module, values[node]) and set(node.users) <= {output_of(graph)}:
                 place = outside[node]
             else:
                 place = own(values[node])
@@ -298,11 +312,18 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
     for node in returns:
         if node.op == "placeholder":
             steps.append(_Step("copy", places[node], None, outside[node], None, node.name))
-    return steps, [values[n] for n in dict.fromkeys(returns)]
+    return steps, [values[n] for n in returns]
 
 
-def _output(graph: GraphModule) -> Node:
+def output_of(graph: GraphModule) -> Node:
+    """The node that says what a graph returns."""
     return next(n for n in graph.graph.nodes if n.op == "output")
+
+
+def returns_of(graph: GraphModule) -> list[Node]:
+    """What a graph returns, each once."""
+    returned: Any = output_of(graph).args[0]
+    return list(dict.fromkeys(returned if isinstance(returned, (tuple, list)) else [returned]))
 
 
 def _signatures(graph: GraphModule, modules: dict[Node, Any], inputs: Sequence[Signature]) -> dict[Node, Signature]:
@@ -327,17 +348,19 @@ def _wanted_planar(modules: dict[Node, Any], values: dict[Node, Signature]) -> d
             if not isinstance(a, Node) or a.op != "placeholder":
                 continue
             many = values[a].images * values[a].pixels >= FEW
-            if (isinstance(module, Layer) and module.is_pointwise and many) or values[a].is_tokens and many:
+            if (isinstance(module, Layer) and module.is_pointwise and many) or (values[a].is_tokens and many):
                 wanted.setdefault(a, set()).add((node, a))
     return wanted
 
 
 def _writes_anywhere(module: nn.Module, value: Signature) -> bool:
     """Whether an operator may write in PyTorch's own layout as fast: not where that is token after token."""
-    return not value.is_tokens or value.images < FEW and isinstance(module, Layer)
+    return not value.is_tokens or (value.images < FEW and isinstance(module, Layer))
 
 
-def _parts(modules: dict[Node, Any], values: dict[Node, Signature], returns: Sequence[Node]) -> dict[Node, tuple[Node, int]]:
+def _parts(
+    modules: dict[Node, Any], values: dict[Node, Signature], returns: Sequence[Node]
+) -> dict[Node, tuple[Node, int]]:
     """Values that are written straight into a concatenation: each into one only, at that channel."""
     parts: dict[Node, tuple[Node, int]] = {}
     for node, module in modules.items():

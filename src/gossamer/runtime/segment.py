@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from gossamer.native import native
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool, Mean, Scale
-from gossamer.runtime.program import DoesNotFitError
+from gossamer.runtime.program import DoesNotFitError, output_of, returns_of
 from gossamer.runtime.stages import Stage, make_stages, run_stages
 from gossamer.runtime.values import Signature
 
@@ -43,6 +43,8 @@ class Segment(nn.Module):
         super().__init__()
         self.graph = graph
         self._tokens = _tokens(graph)
+        self._order = _order(graph)
+        self._isa = -1  # the best that there is
         self._kept: OrderedDict[Any, list[Stage] | None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -57,13 +59,19 @@ class Segment(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """What the graph gives."""
         stages = self.stages(*inputs)
-        return self.graph(*inputs) if stages is None else run_stages(stages, inputs)
+        return self.graph(*inputs) if stages is None else self._given(run_stages(stages, inputs))
 
     def timed(self, *inputs: Tensor) -> tuple[Any, list[tuple[str, float]]]:
         """What the graph gives, and the seconds of each step by the name of its operator."""
         stages, seconds = self.stages(*inputs), list[tuple[str, float]]()
-        result = self.graph(*inputs) if stages is None else run_stages(stages, inputs, seconds)
-        return result, seconds
+        if stages is None:
+            return self.graph(*inputs), seconds
+        return self._given(run_stages(stages, inputs, seconds)), seconds
+
+    def _given(self, results: Sequence[Tensor]) -> Any:
+        """The results of a program, each of which is there once, as the graph returns them."""
+        order = self._order
+        return results[order] if isinstance(order, int) else tuple(results[i] for i in order)
 
     def stages(self, *inputs: Tensor) -> list[Stage] | None:
         """What runs inputs of these shapes; None where PyTorch has to."""
@@ -77,7 +85,7 @@ class Segment(nn.Module):
                 return self._kept[key]
             try:
                 values = [_signature(x, tokens) for x, tokens in zip(inputs, self._tokens, strict=True)]
-                stages = make_stages(self.graph, values, threads)
+                stages = make_stages(self.graph, values, threads, self._isa)
             except DoesNotFitError:
                 stages = None
             self._kept[key] = stages
@@ -101,7 +109,8 @@ class Segment(nn.Module):
 
 def is_plain(x: Tensor) -> bool:
     """Whether the compiled kernels can read a tensor: float32, on the CPU, and nobody asks for its gradient."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+    is_here = x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
+    return is_here and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def gather(graph: GraphModule) -> None:
@@ -157,6 +166,13 @@ def _tokens(graph: GraphModule) -> list[bool]:
                     known.update({n: kind for n in sides if n not in known})
         if len(known) == before:
             return [known.get(n, False) for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def _order(graph: GraphModule) -> int | list[int]:
+    """Which of a program's results is returned where."""
+    returned: Any = output_of(graph).args[0]
+    results = returns_of(graph)
+    return [results.index(n) for n in returned] if isinstance(returned, (tuple, list)) else results.index(returned)
 
 
 def _inputs(node: Node) -> list[Node]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
-from gossamer.runtime.program import Program, estimate
+from gossamer.runtime.program import Program, estimate, returns_of
 from gossamer.runtime.values import Signature
 
 
@@ -67,21 +67,24 @@ def _run(
     return None
 
 
-def run_stages(stages: Sequence[Stage], inputs: Sequence[Tensor], seconds: list[tuple[str, float]] | None = None) -> Any:
-    """What a segment gives: a tensor, or several."""
+def run_stages(
+    stages: Sequence[Stage], inputs: Sequence[Tensor], seconds: list[tuple[str, float]] | None = None
+) -> list[Tensor]:
+    """What a segment gives, each result once."""
     given = [x.contiguous() for x in inputs]
     for stage in stages:
         given = stage.run(given, seconds)
-    return given[0] if len(given) == 1 else given
+    return given
 
 
-def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int) -> list[Stage]:
+def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int, isa: int = -1) -> list[Stage]:
     """The way that is expected to take least.
 
     Args:
         graph: of a segment.
         inputs: of its placeholders.
         threads: that there are.
+        isa: the instruction set's number; -1 for what suits each step.
 
     Raises:
         DoesNotFitError: some operator has no kernel for these shapes.
@@ -89,9 +92,9 @@ def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int) -
     n = inputs[0].shape[0]
     together = all(len(x.shape) > 1 and x.shape[0] == n for x in inputs)
     if n == 1 or not together:
-        return [_stage(graph, inputs, n, threads)]
+        return [_stage(graph, inputs, n, threads, isa)]
     sizes = sorted({n, *(s for s in (1, 2, 4, 8, 16, 32) if s < n)})
-    costs = {size: _costs(graph, inputs, size, threads) for size in sizes}
+    costs = {size: _costs(graph, inputs, size, threads, isa) for size in sizes}
     names = list(costs[n])
     totals = {size: [0.0] for size in sizes}
     for size in sizes:
@@ -104,33 +107,38 @@ def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int) -
     whole = best(0, len(names))
     cuts = [(names.index(str(node.target)) + 1, node) for node in _cuts(graph) if str(node.target) in names]
     found = min(
-        ((best(0, at)[0] + best(at, len(names))[0] + _CUT * len(names), at, node) for at, node in cuts if at < len(names)),
+        (
+            (best(0, at)[0] + best(at, len(names))[0] + _CUT * len(names), at, node)
+            for at, node in cuts
+            if at < len(names)
+        ),
         key=lambda each: each[:2],
         default=None,
     )
     if found is None or found[0] >= whole[0]:
-        return [_stage(graph, inputs, -whole[1], threads)]
+        return [_stage(graph, inputs, -whole[1], threads, isa)]
     _, at, node = found
     first, second = _split(graph, node)
-    one = _stage(first, inputs, -best(0, at)[1], threads)
+    one = _stage(first, inputs, -best(0, at)[1], threads, isa)
     between = [replace(o, shape=(n, *o.shape[1:])) for o in one.program.outputs]
-    return [one, _stage(second, between, -best(at, len(names))[1], threads)]
+    return [one, _stage(second, between, -best(at, len(names))[1], threads, isa)]
 
 
 _CUT = 2000.0
 """What it costs an operator that a value between two stages is written as PyTorch has it."""
 
 
-def _costs(graph: GraphModule, inputs: Sequence[Signature], size: int, threads: int) -> dict[str, float]:
+def _costs(graph: GraphModule, inputs: Sequence[Signature], size: int, threads: int, isa: int) -> dict[str, float]:
     n = inputs[0].shape[0]
-    return estimate(graph, [_of(x, size) for x in inputs], threads, -(-n // size))
+    return estimate(graph, [_of(x, size) for x in inputs], threads, -(-n // size), isa)
 
 
-def _stage(graph: GraphModule, inputs: Sequence[Signature], size: int, threads: int) -> Stage:
+def _stage(graph: GraphModule, inputs: Sequence[Signature], size: int, threads: int, isa: int) -> Stage:
     n = inputs[0].shape[0]
     shared = threads if size >= n else 1
-    rest = Program(graph, [_of(x, n % size) for x in inputs], threads) if n % size else None
-    return Stage(Program(graph, [_of(x, size) for x in inputs] if size < n else inputs, shared), n // size, rest, threads)
+    rest = Program(graph, [_of(x, n % size) for x in inputs], threads, isa) if n % size else None
+    some = [_of(x, size) for x in inputs] if size < n else inputs
+    return Stage(Program(graph, some, shared, isa), n // size, rest, threads)
 
 
 def _of(value: Signature, size: int) -> Signature:
@@ -139,6 +147,8 @@ def _of(value: Signature, size: int) -> Signature:
 
 def _cuts(graph: GraphModule) -> Iterator[Node]:
     """Operators after which nothing but their result is needed any more."""
+    if len(set(returns_of(graph))) > 1:
+        return
     nodes = list(graph.graph.nodes)
     last = {node: max((nodes.index(user) for user in node.users), default=i) for i, node in enumerate(nodes)}
     reach = -1

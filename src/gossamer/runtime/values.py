@@ -92,8 +92,19 @@ def planar(value: Signature) -> Layout:
     if value.images * value.pixels < FEW:
         return Layout(value.images * value.pixels, value.pixels)
     line = _LINE // value.dtype.itemsize
-    lines = -(-value.images * value.pixels // line)
+    lines = in_lines(value.images * value.pixels, value.dtype) // line
     return Layout(line * (lines | 1), value.pixels)
+
+
+def in_lines(n: int, dtype: torch.dtype) -> int:
+    """So many elements, and as many more as fill the last line of the cache: what follows them begins at a line.
+
+    Example:
+        >>> in_lines(17, torch.float32)
+        32
+    """
+    line = _LINE // dtype.itemsize
+    return -(-n // line) * line
 
 
 def arrange(sizes: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[int], int]:

@@ -36,6 +36,11 @@ struct Written {
   }
 };
 
+// One function for all lengths of a tile: inlined into each, it would take the compiler minutes.
+__attribute__((noinline)) void write_tile(const Writer& w, int32_t channel, const float* tile) {
+  by_activation<Written>(w.activation, w, channel, tile);
+}
+
 // Out of registers, where the output's pixels lie in whole vectors and what follows is cheap.
 template <int T>
 INLINE void write_sums(const Writer& w, int32_t channel, V (&sum)[T]) {
@@ -114,12 +119,12 @@ void rows_of(const Rows& a) {
       for (int t = 0; t < T; t++) to[t] = sum[t];
       waiting[n_waiting++] = a.channels[channel];
       if (n_waiting == WAITING) {
-        for (int i = 0; i < WAITING; i++) by_activation<Written>(a.write.activation, a.write, waiting[i], tiles[i]);
+        for (int i = 0; i < WAITING; i++) write_tile(a.write, waiting[i], tiles[i]);
         n_waiting = 0;
       }
     }
   }
-  for (int i = 0; i < n_waiting; i++) by_activation<Written>(a.write.activation, a.write, waiting[i], tiles[i]);
+  for (int i = 0; i < n_waiting; i++) write_tile(a.write, waiting[i], tiles[i]);
 }
 
 template <int T>

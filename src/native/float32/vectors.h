@@ -137,7 +137,7 @@ INLINE V activated(V v) {
   switch (KIND) {
     case RELU: return at_least(v, 0.0f);
     case RELU6: return at_most(at_least(v, 0.0f), 6.0f);
-    case SILU: return v * sigmoid(v);
+    case SILU: return at_least(v, -100.0f) * sigmoid(v);  // 0 at minus infinity
     case GELU: return v * normal(v);
     case GELU_TANH: return 0.5f * v * (1.0f + tangent(0.79788456f * (v + 0.044715f * v * v * v)));
     case HARDSWISH: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
