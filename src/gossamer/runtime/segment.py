@@ -56,6 +56,15 @@ class Segment(nn.Module):
         graph.output(graph.call_module("operator", inputs))
         return cls(GraphModule({"operator": operator}, graph))
 
+    def operators(self) -> list[tuple[str, nn.Module]]:
+        """Name and operator, in order."""
+        return [(str(n.target), self.graph.get_submodule(str(n.target))) for n in _calls(self.graph)]
+
+    @property
+    def operator(self) -> nn.Module:
+        """The first one."""
+        return self.operators()[0][1]
+
     def forward(self, *inputs: Tensor) -> Any:
         """What the graph gives."""
         stages = self.stages(*inputs)
@@ -84,7 +93,7 @@ class Segment(nn.Module):
                 self._kept.move_to_end(key)
                 return self._kept[key]
             try:
-                values = [_signature(x, tokens) for x, tokens in zip(inputs, self._tokens, strict=True)]
+                values = [signature_of(x, tokens) for x, tokens in zip(inputs, self._tokens, strict=True)]
                 stages = make_stages(self.graph, values, threads, self._isa)
             except DoesNotFitError:
                 stages = None
@@ -145,6 +154,10 @@ def _module(graph: GraphModule, node: Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def _calls(graph: GraphModule) -> list[Node]:
+    return [n for n in graph.graph.nodes if n.op == "call_module"]
+
+
 def _tokens(graph: GraphModule) -> list[bool]:
     """Which inputs are tokens of features, and not images of channels, by what happens to them."""
     known: dict[Node, bool] = {}
@@ -179,7 +192,12 @@ def _inputs(node: Node) -> list[Node]:
     return [a for a in node.args if isinstance(a, Node)]
 
 
-def _signature(x: Tensor, is_tokens: bool) -> Signature:
+def signature_of(x: Tensor, is_tokens: bool) -> Signature:
+    """What a tensor is to the engine.
+
+    Raises:
+        DoesNotFitError: nothing.
+    """
     if x.ndim == 4 and not is_tokens:
         return Signature(tuple(x.shape))
     if x.ndim >= 1 and is_tokens:
