@@ -49,13 +49,13 @@ def error(got: Tensor, want: Tensor) -> float:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every graph that is made, so that a test can see that one was."""
     made: list[Any] = []
-    real = runtime_model._graph_of
+    real = runtime_model._gathered
 
     def watched(*args: Any) -> Any:
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(runtime_model, "_graph_of", watched)
+    monkeypatch.setattr(runtime_model, "_gathered", watched)
     return made
 
 

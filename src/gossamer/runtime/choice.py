@@ -18,6 +18,12 @@ from gossamer.runtime.values import FEW
 WORTH = 40.0
 """Percent of zeros from which on a layer runs sparse where nothing is known of its inputs."""
 
+_LEAST = 20.0
+"""Percent of zeros below which a layer is taken for a dense one."""
+
+_GAIN = 0.9
+"""Of the dense time, what a sparse layer may be expected to take: the estimates are no better than that."""
+
 _ROUNDS = 7
 _MARGIN = 0.9
 """What a trial must gain over the expected way to overrule it: machines are noisy."""
@@ -65,6 +71,9 @@ class _Choice(Interpreter):
 
 
 def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> None:
+    if layer.sparsity < _LEAST and not layer.is_depthwise:
+        layer.is_sparse, layer.expected = False, None
+        return
     value = signature_of(inputs[0], layer.geometry is None)
     direct = IN_PLACE + OUT_PLACE if layer.is_pointwise and value.images * value.pixels >= FEW else 0
     sparse = layer.cost(value, 1, direct)
@@ -72,7 +81,8 @@ def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> None:
         layer.is_sparse, layer.expected = False, None
         return
     layer.expected = sparse / layer.dense_cost(value)
-    layer.is_sparse = layer.expected < 1
+    # A depthwise layer that ran in PyTorch would also take apart what is around it.
+    layer.is_sparse = layer.expected < _GAIN or layer.is_depthwise
     if tune:
         measured = _tried(layer, inputs)
         if measured is not None and (measured < _MARGIN if not layer.is_sparse else measured * _MARGIN > 1):

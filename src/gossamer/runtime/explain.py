@@ -51,6 +51,9 @@ def rows_of(graph: nn.Module, args: tuple[Any, ...]) -> list[PlanRow]:
         if isinstance(module, Segment):
             for name, operator in module.operators():
                 rows.append(_row(name, operator, shares.get(name, 0.0) if args else None))
+            if args:
+                around = sum(shares.get(n, 0.0) for n in (node.name, *module.copies()))
+                rows.append(PlanRow(node.name, "copies, and the call", "compiled", "between layouts", None, around))
         elif isinstance(module, OPERATORS):
             rows.append(_row(str(node.target), module, shares.get(node.name)))
         elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
@@ -78,12 +81,14 @@ def _row(name: str, module: nn.Module, share: float | None) -> PlanRow:
     if module.activation != "none":
         kind += f" + {module.activation}"
     runs = "dense" if not module.is_sparse else "compiled" if module.is_depthwise else "sparse"
-    if module.expected is not None:
-        why = f"{module.expected:.2f} of the dense time expected"
-    elif module.is_depthwise and module.is_sparse:
+    if module.is_depthwise and module.is_sparse:
         why = "a kernel for depthwise layers"
+    elif module.expected is not None:
+        why = f"{module.expected:.2f} of the dense time expected"
+    elif not module.is_sparse:
+        why = "few zeros, or a shape without a kernel"
     else:
-        why = f"{'' if module.is_sparse else 'less than '}{WORTH:g} % zeros{' or more' if module.is_sparse else ''}"
+        why = f"{WORTH:g} % zeros or more"
     return PlanRow(name, kind, runs, why, module.sparsity, share)
 
 

@@ -60,6 +60,10 @@ class Segment(nn.Module):
         """Name and operator, in order."""
         return [(str(n.target), self.graph.get_submodule(str(n.target))) for n in _calls(self.graph)]
 
+    def copies(self) -> list[str]:
+        """Names of the steps that only move values, beside those of the operators."""
+        return [n.name for n in self.graph.graph.nodes if n.op != "call_module"] + [n.name for n in _calls(self.graph)]
+
     @property
     def operator(self) -> nn.Module:
         """The first one."""
