@@ -22,6 +22,8 @@ from gossamer.runtime.planes import Add
 from gossamer.runtime.segment import Segment
 from gossamer.runtime.values import Signature
 
+THREADS = st.sampled_from([1, 1, 1, 2, 3])
+
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
@@ -63,8 +65,8 @@ def convolutions(draw: Any) -> tuple[Layer, Tensor]:
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=100)
-@given(case=convolutions(), n=st.integers(1, 3))
+@settings(max_examples=60)
+@given(case=convolutions(), n=THREADS)
 def test_any_convolution_is_that_of_pytorch(isa: int, case: tuple[Layer, Tensor], n: int) -> None:
     torch.set_num_threads(n)
     layer, x = case
@@ -74,11 +76,11 @@ def test_any_convolution_is_that_of_pytorch(isa: int, case: tuple[Layer, Tensor]
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_pointwise_layer_is_that_of_pytorch(isa: int, data: st.DataObject) -> None:
     draw = data.draw
-    torch.set_num_threads(draw(st.integers(1, 3)))
+    torch.set_num_threads(draw(THREADS))
     channels, out = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     weight = sparse((out, channels, 1, 1), draw(st.sampled_from([0, 0.5, 0.9, 1])), out)
     layer = Layer(weight, torch.randn(out), Geometry(), draw(st.sampled_from(list(ACTIVATIONS))))
@@ -130,7 +132,13 @@ def test_layers_of_real_networks_are_those_of_pytorch(row: tuple[Any, ...], isa:
 
 
 # channels, out channels, kernel, stride, padding, height, width
-SMALL = [(7, 9, 3, 1, 1, 7, 7), (7, 9, 3, 2, 1, 5, 6), (5, 6, 1, 1, 0, 3, 3), (5, 6, 1, 2, 0, 4, 4), (3, 4, 3, 1, 1, 1, 1)]
+SMALL = [
+    (7, 9, 3, 1, 1, 7, 7),
+    (7, 9, 3, 2, 1, 5, 6),
+    (5, 6, 1, 1, 0, 3, 3),
+    (5, 6, 1, 2, 0, 4, 4),
+    (3, 4, 3, 1, 1, 1, 1),
+]
 
 
 @needs_library
