@@ -19,6 +19,7 @@ from gossamer.native import find_library
 from gossamer.runtime.activations import ACTIVATIONS
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Geometry, Layer
 from gossamer.runtime.planes import Add
+from gossamer.runtime.program import Program
 from gossamer.runtime.segment import Segment
 from gossamer.runtime.values import Signature
 
@@ -155,21 +156,26 @@ def test_batches_from_1_to_33(row: tuple[int, ...], isa: int) -> None:
         check(inside, x)
 
 
+def texts(segment: Segment, x: Tensor) -> list[str]:
+    """How the layers go about it where all images go through at once."""
+    return list(Program(segment.graph, [Signature(tuple(x.shape), x.ndim != 4)], 1).texts().values())
+
+
 @needs_library
 def test_small_images_share_a_tile_and_pointwise_layers_are_run_in_place() -> None:
     conv = Layer(sparse((64, 64, 3, 3), 0.9), None, Geometry(padding=(1, 1)))
-    [text] = chain(conv).program(torch.randn(16, 64, 7, 7)).texts().values()
+    [text] = texts(chain(conv), torch.randn(16, 64, 7, 7))
     assert int(text.split(" images")[0].split(", ")[1]) > 1, text
     point = Layer(sparse((64, 64, 1, 1), 0.9), None, Geometry())
     for images, where in ((1, "in place"), (8, "in place")):
-        [text] = chain(Add(), point, Add()).program(torch.randn(images, 64, 14, 14)).texts().values()
+        [text] = texts(chain(Add(), point, Add()), torch.randn(images, 64, 14, 14))
         assert where in text
     for layer, x, words in (
         (Layer(sparse((64, 1, 3, 3), 0.5), None, Geometry(groups=64)), torch.randn(1, 64, 9, 9), "plane by plane"),
         (Layer(sparse((64, 64), 0.5)), torch.randn(7, 64), "weight by weight"),
         (Layer(sparse((64, 64), 0.5)), torch.randn(8, 64), "in place"),
     ):
-        [text] = chain(layer).program(x).texts().values()
+        [text] = texts(chain(layer), x)
         assert words in text
 
 
@@ -305,7 +311,7 @@ def test_a_copy_and_a_cast_are_layers_of_their_own() -> None:
 )
 def test_what_has_no_kernel_runs_in_pytorch(layer: Layer, x: Tensor) -> None:
     segment = Segment.of(layer)
-    assert segment.program(x) is None
+    assert segment.stages(x) is None
     assert torch.equal(segment(x), layer(x))
 
 

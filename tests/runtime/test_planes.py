@@ -41,7 +41,7 @@ def both(operator: nn.Module, *inputs: Tensor, tolerance: float = 0.0) -> None:
     assert signature.shape == want.shape
     for isa in ISAS:
         for segment in (chain(operator, n_inputs=len(inputs), isa=isa), inside(operator, len(inputs), isa)):
-            assert segment.program(*inputs) is not None
+            assert segment.stages(*inputs) is not None
             got = segment(*inputs)
             assert torch.equal(got.isnan(), want.isnan())
             assert error(got.nan_to_num(9e9), want.nan_to_num(9e9)) <= tolerance
@@ -110,7 +110,7 @@ def both_tokens(operator: nn.Module, *inputs: Tensor) -> None:
     for isa in ISAS:
         for segment in (chain(operator, n_inputs=len(inputs), isa=isa), inside(operator, len(inputs), isa)):
             segment._tokens = [True] * len(inputs)
-            assert segment.program(*inputs) is not None
+            assert segment.stages(*inputs) is not None
             assert torch.equal(segment(*inputs), operator(*inputs))
 
 
@@ -130,7 +130,7 @@ def test_what_has_no_kernel_is_left_to_pytorch(operator: Any, shapes: list[tuple
     inputs = [torch.randn(s) for s in shapes]
     assert operator.signature(*[Signature(s) for s in shapes]) is None
     segment = chain(operator, n_inputs=len(inputs))
-    assert segment.program(*inputs) is None
+    assert segment.stages(*inputs) is None
     try:
         want = operator(*inputs)
     except RuntimeError as wrong:

@@ -118,7 +118,9 @@ void layers(int isa) {
   none.buffer = -1;
   steps[1] = {plans[1], y.v, none, z.v, images, out, oh, ow, oh, ow, {}, GOSSAMER_LAYER, 0, 0, isa};
   double seconds[2];
-  if (gossamer_run(steps, 2, buffers, threads, in(0, 1) ? seconds : nullptr)) std::exit(1);
+  const int64_t strides[4] = {};
+  const GossamerRun once{steps, 2, buffers, strides, 4, 1, threads, 0, in(0, 1) ? seconds : nullptr};
+  if (gossamer_run(&once)) std::exit(1);
   const int per = out / groups;
   for (int times = 0; times < 5; times++) {  // some of the numbers
     const int n = in(0, images - 1), o = in(0, out - 1), i = in(0, oh - 1), j = in(0, ow - 1);
@@ -171,7 +173,9 @@ void planes(int isa) {
       {nullptr, y.v, none, copied.v, images, channels, h, w, h, w, {}, GOSSAMER_COPY, 0, 0, isa},
   };
   double seconds[6];
-  if (gossamer_run(steps, 6, buffers, threads, seconds)) std::exit(1);
+  const int64_t strides[7] = {};
+  const GossamerRun once{steps, 6, buffers, strides, 7, 1, threads, 0, seconds};
+  if (gossamer_run(&once)) std::exit(1);
   for (int times = 0; times < 5; times++) {
     const int n = in(0, images - 1), c = in(0, channels - 1), at = in(0, h * w - 1);
     const int i = in(0, oh - 1), j = in(0, ow - 1);

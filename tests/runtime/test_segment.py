@@ -90,15 +90,15 @@ def test_programs_are_bounded_and_follow_the_number_of_threads() -> None:
     segment = chain(conv(4, 4), conv(4, 4))
     for size in range(1, 30):
         check(segment, torch.randn(1, 4, size, size))
-    assert len(segment._programs) == 16
+    assert len(segment._kept) == 16
     x = torch.randn(1, 4, 29, 29)
-    one = segment.program(x)
-    assert segment.program(x) is one
+    one = segment.stages(x)
+    assert segment.stages(x) is one
     torch.set_num_threads(2)
-    two = segment.program(x)
+    two = segment.stages(x)
     assert two is not None
     assert two is not one
-    assert two.threads == 2
+    assert [s.threads for s in two] == [2]
     assert error(segment(x), segment.graph(x)) < 1e-5
 
 
@@ -137,10 +137,10 @@ def test_copies_make_programs_of_their_own() -> None:
     segment, x = chain(conv(4, 8), Mean(False), Layer(sparse((3, 8), 0.5))), torch.randn(3, 4, 6, 6)
     want = segment(x)
     for twin in (copy.deepcopy(segment), pickle.loads(pickle.dumps(segment))):
-        assert not twin._programs
+        assert not twin._kept
         assert torch.equal(twin(x), want)
-        assert twin.program(x) is not segment.program(x)
-    assert not segment.float()._programs  # what is compiled is of the weights before
+        assert twin.stages(x) is not segment.stages(x)
+    assert not segment.float()._kept  # what is compiled is of the weights before
     assert torch.equal(segment(x), want)
 
 
