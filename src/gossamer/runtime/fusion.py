@@ -148,9 +148,9 @@ def _elementwise(node: Node) -> Any:
         return (Add(), node, [a, b], node.name) if same else None
     if node.target is _ATEN.mul.Tensor and len(node.args) == 2:
         for x, factor in (node.args, node.args[::-1]):
-            if _is_image(x) and _is_image(factor) and tuple(_shape(factor)[2:]) == (1, 1):
-                if tuple(_shape(x)[:2]) == tuple(_shape(factor)[:2]) and _shape(x) == _shape(node):
-                    return Scale(), node, [x, factor], node.name
+            one = _is_image(x) and _is_image(factor) and tuple(_shape(factor)[2:]) == (1, 1)
+            if one and tuple(_shape(x)[:2]) == tuple(_shape(factor)[:2]) and _shape(x) == _shape(node):
+                return Scale(), node, [x, factor], node.name
     name = _activation_of(node)
     x = node.args[0] if node.args else None
     return (Add(name), node, [x], node.name) if name is not None and _is_float(x) and _shape(x) else None

@@ -175,7 +175,8 @@ class CompiledModel(nn.Module):
         """
         graph = self.graph
         if not isinstance(graph, GraphModule):
-            return [_row(n, s.graph.operator, None) for n, s in graph.named_modules() if isinstance(s, Segment)]
+            segments = [(n, s) for n, s in graph.named_modules() if isinstance(s, Segment)]
+            return [_row(name, segment.graph.get_submodule("operator"), None) for name, segment in segments]
         shares = _shares(graph, args) if args else {}
         rows: list[PlanRow] = []
         for node in graph.graph.nodes:

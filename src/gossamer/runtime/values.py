@@ -12,7 +12,7 @@ _LINE = 64
 """Bytes of a cache line, and of the widest vector."""
 
 FEW = 8
-"""Tokens, or pixels, below which a vector would be mostly empty: they have a kernel that reads and writes any layout."""
+"""Tokens, or pixels, below which a vector would be mostly empty: a kernel of their own takes them in any layout."""
 
 
 @dataclass(frozen=True)
