@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -107,6 +108,7 @@ int64_t process() { return int64_t(getpid()); }
 }  // namespace
 
 void share(int64_t n, int threads, const std::function<void(int64_t, int)>& work) {
+  threads = int(std::min<int64_t>(threads, n));  // no worker's number is beyond those that there is memory for
   // Never freed: a thread of the program may still be in a run when it exits. A forked child has none of the threads,
   // and a pool of its own.
   static std::atomic<Pool*> pool{nullptr};

@@ -48,7 +48,7 @@ def test_they_are_those_of_pytorch_wherever_they_are_curved(activation: str, isa
         segment = chain(Layer(torch.eye(1000), None, None, activation), isa=isa)
     else:
         segment = chain(Add(activation), isa=isa)
-    assert segment.program(x) is not None
+    assert segment.stages(x) is not None
     want = ACTIVATIONS[activation](x.double()).float()  # PyTorch's own gelu is off by 8e-7
     assert torch.allclose(segment(x), want, rtol=2e-6, atol=4e-7)
 

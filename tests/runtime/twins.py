@@ -42,7 +42,7 @@ def chain(*operators: nn.Module, n_inputs: int = 1, isa: int = -1) -> Segment:
 
 def check(segment: Segment, *inputs: Tensor, tolerance: float = 1e-5) -> None:
     """Compiled, and what the twin gives."""
-    assert segment.program(*inputs) is not None
+    assert segment.stages(*inputs) is not None
     got, want = segment(*inputs), segment.graph(*inputs)
     assert not got.isnan().any()
     assert error(got, want) <= tolerance

@@ -174,6 +174,7 @@ def _tokens(graph: GraphModule) -> list[bool]:
             known.update(dict.fromkeys([node, *_inputs(node)], module.geometry is None))
         elif module is not None and not isinstance(module, Add):
             known.update(dict.fromkeys(_inputs(node), False))
+            known[node] = isinstance(module, Flatten) or (isinstance(module, Mean) and not module.keep)
     while True:  # additions pass on what is known of one of their sides
         before = len(known)
         for node in graph.graph.nodes:

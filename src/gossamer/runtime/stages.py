@@ -7,13 +7,11 @@ weights are. With several threads each takes images of its own, or all share eac
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.passes.split_module import split_module
+from torch.fx import Graph, GraphModule, Node
 
 from gossamer.runtime.program import Program, estimate, returns_of
 from gossamer.runtime.values import Signature
@@ -159,8 +157,14 @@ def _cuts(graph: GraphModule) -> Iterator[Node]:
 
 
 def _split(graph: GraphModule, after: Node) -> tuple[GraphModule, GraphModule]:
+    """What is up to an operator, of all of the graph's inputs in their order, and what goes on from its result."""
     nodes = list(graph.graph.nodes)
-    at = nodes.index(after)
-    place: Callable[[Node], int] = lambda node: int(nodes.index(node) > at)  # noqa: E731
-    both: Any = split_module(graph, graph, place)
-    return both.submod_0, both.submod_1
+    at = nodes.index(after) + 1
+    first, second, made = Graph(), Graph(), dict[Node, Node]()
+    for node in nodes[:at]:
+        made[node] = first.node_copy(node, made.__getitem__)
+    first.output(made[after])
+    made = {after: second.placeholder(after.name)}
+    for node in nodes[at:]:
+        made[node] = second.node_copy(node, made.__getitem__)
+    return GraphModule(graph, first), GraphModule(graph, second)
