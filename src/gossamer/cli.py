@@ -81,8 +81,8 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="write a network for other runtimes",
-        description="Writes a network as ONNX with torch.onnx, zeros and all, and runs the file in onnxruntime, where that "
-        "is installed, beside PyTorch.",
+        description="Writes a network as ONNX with torch.onnx, zeros and all, and runs the file in onnxruntime, where "
+        "that is installed, beside PyTorch.",
     )
     _add_network(export)
     export.add_argument("--onnx", required=True, metavar="OUT", help="the file to write, such as model.onnx")
@@ -93,8 +93,8 @@ def _add_network(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "network",
         metavar="FILE|module:factory",
-        help="a file that fast.save(path) wrote; or a function, imported from the working directory, that gives a module, "
-        "or (module, example inputs)",
+        help="a file that fast.save(path) wrote; or a function, imported from the working directory, that gives a "
+        "module, or (module, example inputs)",
     )
     command.add_argument(
         "--shape",

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def with_batch(args: Sequence[Any], batch: int) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def hushed() -> Generator[None, None, None]:
     """Nothing is printed, warned of or logged inside: exporters and quantisers are talkative."""
     before = logging.root.manager.disable
     try:

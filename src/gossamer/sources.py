@@ -83,8 +83,8 @@ def network_from(text: str, shapes: Sequence[str] = ()) -> Source:
         )
     if not given and not sizes:
         raise ArgumentError(
-            f"{text} gives no example inputs; say what goes in with --shape, such as --shape 1,3,224,224, or let it give "
-            "(module, example inputs)"
+            f"{text} gives no example inputs; say what goes in with --shape, such as --shape 1,3,224,224, or let it "
+            "give (module, example inputs)"
         )
     return Source(made if isinstance(made, CompiledModel) else made.eval().cpu(), _shaped(given, sizes))
 

@@ -252,8 +252,8 @@ def _table(what: Comparison) -> Iterator[str]:
     if what.load > what.cores:
         yield ""
         yield (
-            f"Other work kept this machine busy (load {what.load:.1f} on {what.cores} cores). Engines with several threads "
-            "suffer most from that; measure again when it is quiet, or with one thread."
+            f"Other work kept this machine busy (load {what.load:.1f} on {what.cores} cores). Engines with several "
+            "threads suffer most from that; measure again when it is quiet, or with one thread."
         )
 
 

@@ -163,11 +163,11 @@ def _int8_file(job: Job) -> Path:
 
         inputs = {i.name: t.numpy() for i, t in zip(_inputs(_onnx_file(job)), job.tensors, strict=True)}
 
-        class Once(CalibrationDataReader):
-            left = [inputs]
+        given = iter([inputs])
 
+        class Once(CalibrationDataReader):
             def get_next(self) -> Any:
-                return self.left.pop() if self.left else None
+                return next(given, None)
 
         ready = job.folder / "ready.onnx"
         quant_pre_process(str(_onnx_file(job)), str(ready), skip_symbolic_shape=True)

@@ -17,9 +17,8 @@ def machine() -> str:
         >>> machine().endswith(platform.system())
         True
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = [
-        f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((usable, "core"), (torch.get_num_threads(), "thread"))
+        f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((cores(), "core"), (torch.get_num_threads(), "thread"))
     ]
     return f"{_cpu_name()}, {counts[0]}, {counts[1]} used, {platform.system()}"
 
@@ -33,6 +32,26 @@ def _cpu_name() -> str:
     simd = {"avx512f", "avx2"} & set(next((line.split() for line in lines if line.startswith("flags")), []))
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name} ({'AVX-512' if 'avx512f' in simd else 'AVX2'})" if simd else name
+
+
+def cores() -> int:
+    """Cores that this process may use.
+
+    Example:
+        >>> cores() >= 1
+        True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load() -> float:
+    """Processes that wanted a core in the last minute, on average; this one too.
+
+    Example:
+        >>> load() >= 0
+        True
+    """
+    return os.getloadavg()[0]
 
 
 def version(distribution: str) -> str | None:
