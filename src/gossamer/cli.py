@@ -189,13 +189,14 @@ def _check_picture(path: str) -> None:
 def _draw(path: str, name: str, found: Comparison) -> None:
     from matplotlib.figure import Figure
 
-    from gossamer.plots import plot_engines
+    from gossamer.plots import plot_bars
 
-    times = {r.engine: r.ms for r in found.rows if r.ms is not None}
+    ours = found["gossamer"].ms or 1
+    times = {f"{r.engine} ({r.ms / ours:.2f}×)": r.ms for r in found.rows if r.ms is not None}
     figure = Figure(figsize=(8, 1.1 + 0.42 * len(times)), layout="constrained")
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     title = f"{Path(name).name}, {', '.join(found.inputs)}, {threads}, {found.sparsity:.1f} % zeros"
-    plot_engines(times, figure.subplots()).set_title(title, loc="left", fontsize=10)
+    plot_bars(list(times), list(times.values()), "ms", figure.subplots()).set_title(title, loc="left", fontsize=10)
     figure.savefig(path, dpi=130)
 
 

@@ -166,11 +166,13 @@ def plot_lottery(curves: Mapping[str, Mapping[float, Sequence[float]]], ax: Axes
     return ax
 
 
-def plot_engines(milliseconds: Mapping[str, float], ax: Axes | None = None) -> Axes:
-    """Draws the time of each engine as a bar, with how many times Gossamer's that is; Gossamer's stands out.
+def plot_bars(labels: Sequence[str], values: Sequence[float], unit: str, ax: Axes | None = None) -> Axes:
+    """Draws values as bars, one below the other; Gossamer's stand out.
 
     Args:
-        milliseconds: engine → time of a call; from the rows of a comparison.
+        labels: one a bar.
+        values: one a bar, such as the times of `gossamer bench`.
+        unit: of the values.
         ax: matplotlib axes to draw on; new ones if not given.
 
     Returns:
@@ -178,22 +180,20 @@ def plot_engines(milliseconds: Mapping[str, float], ax: Axes | None = None) -> A
 
     Example:
         >>> import matplotlib; matplotlib.use("agg")
-        >>> ax = plot_engines({"eager": 8.0, "gossamer": 2.0})
+        >>> ax = plot_bars(["eager", "gossamer"], [8.0, 2.0], "ms")
         >>> [text.get_text() for text in ax.texts]
-        ['8.00 ms, 4.00×', '2.00 ms']
+        ['8.00 ms', '2.00 ms']
     """
-    ax = _axes(ax, (8, 1.1 + 0.42 * len(milliseconds)))
+    ax = _axes(ax, (8, 1.1 + 0.42 * len(labels)))
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     ax.set_axisbelow(True)
-    ours = milliseconds.get("gossamer")
-    for i, (name, ms) in enumerate(milliseconds.items()):
-        ax.barh(i, ms, color=_ACCENT if name == "gossamer" else _INK, height=0.66)
-        more = "" if ours is None or name == "gossamer" else f", {ms / ours:.2f}×"
-        ax.annotate(f"{ms:.2f} ms{more}", (ms, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    ax.set_yticks(range(len(milliseconds)), list(milliseconds))
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        ax.barh(i, value, color=_ACCENT if "gossamer" in label.lower() else _INK, height=0.66)
+        text = f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+        ax.annotate(text, (value, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.set_yticks(range(len(labels)), list(labels))
     ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
-    ax.margins(x=0.18)
-    ax.set(xlabel="milliseconds a call", xlim=(0, None))
+    ax.set(xlabel=unit, xlim=(0, 1.2 * max(values, default=1)))
     return ax
