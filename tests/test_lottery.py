@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import ArgumentError, FileError, GossamerError, Sparsifier, StateError, TargetError
-from gossamer.lottery import KINDS, TicketSearch, find_ticket
+from gossamer.comparing import KINDS
+from gossamer.lottery import find_ticket
+from gossamer.search import TicketSearch
 from gossamer.storage.tensors import save_tensors
 from gossamer.tickets import load_ticket
 from gossamer.trials import TicketRun, random_mask, reinitialised

@@ -262,7 +262,7 @@ class Resume(Traceless):
         if self._epoch < self._skip:
             self._set_running(False)
             for owner in self._owners:
-                cast(Any, owner).epoch_now = self._epoch  # they do not see it begin
+                cast(Any, owner).place.epoch = self._epoch  # they do not see it begin
             raise cast(Any, core).CancelEpochException
         self._go_on()
 

@@ -50,6 +50,41 @@ def as_epochs(every: int | str) -> int:
     return 1 if every == "epoch" else int(every)
 
 
+def as_path(path: Any, what: str) -> Path | None:
+    """A path, if any is given.
+
+    Raises:
+        ArgumentError: it is none.
+
+    Example:
+        >>> as_path("run.safetensors", "checkpoint").suffix
+        '.safetensors'
+    """
+    if path is not None and not isinstance(path, (str, Path)):
+        raise ArgumentError(f"{what}={path!r} is no path; give a str or a pathlib.Path")
+    return None if path is None else Path(path)
+
+
+def fit_file(checkpoint: str | Path | None, every: int | str, resume: bool) -> FitFile | None:
+    """The file that a callback's arguments ask for, if any.
+
+    Raises:
+        ArgumentError: one that cannot be used, or that has no file to go with.
+
+    Example:
+        >>> fit_file(None, "epoch", resume=False) is None
+        True
+    """
+    if resume and checkpoint is None:
+        raise ArgumentError("resume=True has nothing to go on from; name the file: checkpoint='run.safetensors'")
+    if not isinstance(resume, bool):
+        raise ArgumentError(f"resume={resume!r} is neither True nor False")
+    path, epochs = as_path(checkpoint, "checkpoint"), as_epochs(every)
+    if path is None and epochs > 1:
+        raise ArgumentError(f"every={epochs} has no file to write; name it: checkpoint='run.safetensors'")
+    return None if path is None else FitFile(path, every, resume)
+
+
 class FitFile:
     """Where a SparsifyCallback's fit is kept, and from where it goes on.
 
