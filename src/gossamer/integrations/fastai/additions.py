@@ -15,7 +15,7 @@ from gossamer.integrations.fastai.guard import Guard
 
 
 class Additions:
-    """What a callback puts on the learner for a fit: the guard, the announcer, the column.
+    """What a callback puts on the learner: a guard while it is there itself, the announcer and the column for a fit.
 
     Args:
         owner: the callback.
@@ -25,33 +25,43 @@ class Additions:
         self._owner = owner
         self._guard: Guard | None = None
 
+    def guard(self, learn: Learner, on_break: Function[[Learner], None]) -> None:
+        """Puts a guard there, unless one is.
+
+        Args:
+            learn: on which the callback is now.
+            on_break: called with the learner when something is raised inside a fit.
+        """
+        if self._guard is None:
+            self._guard = Guard(learn, partial(on_break, learn))
+
+    def unguard(self) -> None:
+        """Takes it away; a second time does no harm."""
+        if self._guard is not None:
+            self._guard.leave()
+            self._guard = None
+
     def attach(
         self,
         learn: Learner,
-        on_break: Function[[Learner], None],
         after_epoch: Function[[], None],
         after_fit: Function[[], None],
         count: Function[[], float] | None,
     ) -> None:
-        """Puts them there.
+        """Puts the others there.
 
         Args:
             learn: in its `before_fit`.
-            on_break: called with the learner when something is raised inside an epoch.
             after_epoch: as in `Announcer`.
             after_fit: as in `Announcer`.
             count: as in `SparsityMetric`; None for no column.
         """
-        self._guard = Guard(learn, partial(on_break, learn))
         learn.add_cb(Announcer(self._owner, after_epoch, after_fit))
         if count is not None:
             learn.metrics = [*learn.metrics, SparsityMetric(count)]
 
     def leave(self, learn: Learner, count: Function[[], float]) -> None:
-        """Takes them away, and whatever else is there for the owner's fit; a second time does no harm."""
-        if self._guard is not None:
-            self._guard.leave()
-            self._guard = None
+        """Takes those away, and whatever else is there for the owner's fit; a second time does no harm."""
         learn.metrics = learn.metrics.filter(lambda m: not isinstance(m, SparsityMetric) or m.count != count)
         ours = [c for c in learn.cbs if getattr(c, "owner", None) is self._owner]
         for resume in (c for c in ours if isinstance(c, Resume)):

@@ -146,7 +146,7 @@ class SparsifyCallback(Traceless):
         self._voice = Voice(verbose)
         self._additions = Additions(self)
         self._keeper: KeepSparse | None = None
-        self._hold_only = self._is_fitting = False
+        self._hold_only = self._is_fitting = self._leaves_name = False
         if model is not None:
             self._build(model)
 
@@ -159,9 +159,12 @@ class SparsifyCallback(Traceless):
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
         before, self.__dict__["_learn"] = self.__dict__.get("_learn"), learn
-        if learn is not None and any(cb is self for cb in learn.cbs):  # Ctrl-C kept fastai from taking it off
-            learn.cbs = learn.cbs.filter(lambda cb: cb is not self)
-        if learn is None and before is not None:
+        if learn is not None:
+            self._leaves_name = False
+            learn.cbs = learn.cbs.filter(lambda cb: cb is not self)  # Ctrl-C may have kept fastai from taking it off
+            self._additions.guard(learn, self._break_off)
+        elif before is not None:
+            self._additions.unguard()
             if self._is_fitting:  # something was raised, perhaps between the optimizer's step and ours
                 self._give_up(before)
             self._clean_up(before)
@@ -169,6 +172,14 @@ class SparsifyCallback(Traceless):
                 drop_keepers(before, self.sparse)
                 self._keeper = KeepSparse(self.sparse, self.verbose)
                 before.add_cb(self._keeper)
+            for other in (cb for cb in before.cbs if isinstance(cb, SparsifyCallback) and cb is not self):
+                self._leaves_name = True  # fastai takes the name off the learner, and the other needs it
+                setattr(before, other.name, other)
+
+    @property
+    def name(self) -> str:
+        """What the learner calls it; where there are several of them, that is the last one's."""
+        return "" if self._leaves_name else "sparsify"
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -193,6 +204,7 @@ class SparsifyCallback(Traceless):
                 self.sparse.optimizer = learn.opt
             return
         self._clean_up(learn)
+        self._additions.guard(learn, self._break_off)  # on a copied learner there is none yet
         goes_on, was_broken = self.place.enter(learn)
         if self.file is not None and (not goes_on or was_broken):
             self.file.look(self.span.total)
@@ -211,7 +223,6 @@ class SparsifyCallback(Traceless):
         self._voice.line = ""
         self._additions.attach(
             learn,
-            on_break=self._break_off,
             after_epoch=self._voice.say_line,
             after_fit=self._end,
             count=self.sparsity_now if self.metric else None,
@@ -462,7 +473,8 @@ class SparsifyCallback(Traceless):
 
     def _break_off(self, learn: Learner) -> None:
         """Leaves the masks of the last step, and nothing else of this fit."""
-        self._give_up(learn)
+        if self._is_fitting:
+            self._give_up(learn)
         self._clean_up(learn)
 
     def _give_up(self, learn: Learner) -> None:

@@ -133,6 +133,9 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
                 for p, entries in zip(parameters, saved["state"], strict=True)
             ],
         }
+        if saved.get("slow_weights") is not None:
+            groups = zip(opt.param_lists, saved["slow_weights"], strict=True)
+            saved["slow_weights"] = L(L(s.to(p.device) for p, s in zip(*pair, strict=True)) for pair in groups)
     opt.load_state_dict(saved)
     for name, parameter in model.named_parameters():  # an interrupt leaves gradients behind
         there, gradient = name in state["gradients"], state["gradients"].get(name)

@@ -11,6 +11,8 @@ from torch import nn
 
 from gossamer.integrations.fastai.followers import Traceless, is_sparsifier
 from gossamer.integrations.fastai.guard import Guard
+from gossamer.integrations.fastai.span import is_within_fit
+from gossamer.integrations.fastai.voice import Voice
 from gossamer.training import SparseTraining
 
 
@@ -29,7 +31,7 @@ class KeepSparse(Traceless):
 
     def __init__(self, run: SparseTraining, verbose: bool = True) -> None:
         super().__init__()
-        self.sparse, self._silent = run, not verbose
+        self.sparse, self._voice = run, Voice(verbose)
         self._without: set[str] = set()
         self._idle = False
         self._guard: Guard | None = None
@@ -38,25 +40,35 @@ class KeepSparse(Traceless):
         """Applies the masks to what may have been loaded in between, and says once that they hold."""
         learn = cast(Learner, self.learn)
         if learn.lock.locked():  # somebody validates, perhaps in the middle of a fit
+            if not is_within_fit(learn):
+                self._drop_guard()  # of a fit that was broken off before it began
             return
-        self._idle = self._is_replaced(learn)
+        is_replaced = self._is_replaced(learn)
+        self._idle = is_replaced or self._is_for_callback(learn)
+        is_alone = not any(map(is_sparsifier, learn.cbs))
+        if is_replaced and is_alone:
+            self._voice.say_once(
+                "The learner has another network than the one that an earlier fit made sparse, so nothing is kept "
+                "zero; learn.keep_sparse waits for that one, and learn.keep_sparse.release() takes it off"
+            )
         if self._idle:
             return
         # Not where a callback is about to take over, by the zeros that are there now; nor before lr_find has saved the
         # weights that it will put back.
-        if not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
+        takes_over = not hasattr(learn, "lr_finder") and is_alone
+        if takes_over:
             self._hold(learn)
         self._drop_guard()
         self._guard = Guard(learn, partial(self._break_off, learn))
-        if not self._silent and not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
+        if takes_over:
             masks = self.sparse.sparsifier.masks
             names = [name for name in masks if name not in self._without]
             zeros, total = sum(masks.masked(n) for n in names), sum(masks[n].numel() for n in names)
-            print(
+            self._voice.say_once(
                 f"{zeros:,} weights ({100 * zeros / total:.2f}%) are masked since an earlier fit and stay zero; "
-                "learn.keep_sparse.release() would let them grow"
+                "learn.keep_sparse.release() would let them grow",
+                topic="kept",
             )
-            self._silent = True
 
     def after_fit(self) -> None:
         """The fit has come to its end."""
@@ -113,10 +125,12 @@ class KeepSparse(Traceless):
         self.sparse.optimizer = learn.opt
         self.sparse.hold(self._without)
 
+    def _is_for_callback(self, learn: Learner) -> bool:
+        """Whether the callback itself sees to the masks."""
+        return any(is_sparsifier(cb) and cb.sparse is self.sparse for cb in learn.cbs)
+
     def _is_replaced(self, learn: Learner) -> bool:
-        """Whether the callback itself sees to the masks, or the learner has another network now."""
-        if any(is_sparsifier(cb) and cb.sparse is self.sparse for cb in learn.cbs):
-            return True
+        """Whether the learner has another network now."""
         inside = {id(p) for p in cast(nn.Module, learn.model).parameters()}
         return not any(id(t.weight) in inside for t in self.sparse.sparsifier.targets)
 

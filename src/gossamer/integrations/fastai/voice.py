@@ -32,10 +32,15 @@ class Voice:
         if self.verbose:
             print(text)
 
-    def say_once(self, text: str) -> None:
-        """Prints a line, once a run."""
-        if text not in self.said:
-            self.said.add(text)
+    def say_once(self, text: str, topic: str = "") -> None:
+        """Prints a line, once a run.
+
+        Args:
+            text: the line.
+            topic: what is said once, where its words change; by default the words.
+        """
+        if (topic or text) not in self.said:
+            self.said.add(topic or text)
             self.say(text)
 
     def say_line(self) -> None:
