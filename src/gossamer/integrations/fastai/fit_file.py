@@ -15,11 +15,11 @@ from fastai.torch_core import rank_distrib
 from torch import nn
 
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
+from gossamer.integrations.fastai.bystanders import fingerprints, warn_of_the_rest
 from gossamer.integrations.fastai.checkpoint import (
     Checkpointer,
     Resume,
     check_rest,
-    counters,
     learner_state,
     restore_rest,
     restore_training,
@@ -102,7 +102,7 @@ class FitFile:
         self._fit = 0  # how many fits, or groups of fits that share a schedule, this callback has ended
         self._is_done = False  # whether the file holds a fit that ended, and that this callback has seen to its end
         self._state: dict[str, Any] | None = None
-        self._counters: dict[str, dict[str, Any]] = {}
+        self._before: dict[str, dict[str, str]] = {}  # what other callbacks carried
 
     def end(self) -> None:
         """Takes note that a fit has come to its end, so that the next one may write over the file."""
@@ -196,7 +196,8 @@ class FitFile:
             )
 
         def begin() -> None:
-            self._counters = {**counters(learn), **self._counters}  # as they were before any fit of this file
+            self._before = {**fingerprints(learn), **self._before}  # as they were before any fit of this file
+            warn_of_the_rest(learn)
 
         learn.add_cb(Resume([callback, *_others(callback, learn)], begin, skip, restore))
         if not rank_distrib():
@@ -252,7 +253,7 @@ class FitFile:
             "epoch": callback.span.done + callback.epoch_now + 1,
             "sparse": callback.state_dict(),
             "others": [cb.state_dict() for cb in _others(callback, learn)],
-            "learner": learner_state(learn, self._counters),
+            "learner": learner_state(learn, self._before),
         }
         save_state(self.path, state, KIND)
 
