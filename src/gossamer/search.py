@@ -89,6 +89,7 @@ class TicketSearch:
         self._train = train
         self._shares = shares
         self._rewind: dict[str, Tensor] = {}
+        self._record: Record | None = None
         self._masks: list[dict[str, Tensor]] = []  # eight to a byte, one dict a round
 
     def ticket(self, round: int) -> Ticket:
@@ -144,6 +145,9 @@ class TicketSearch:
     ) -> list[Comparison]:
         """Trains what tickets are compared with. In the end the network has the weights that it had.
 
+        Where the search has a folder, each score is saved as it is known, and what is there is not trained again, so
+        that the same call goes on after an interruption.
+
         Args:
             kinds: out of 'ticket' (not trained again, its score is known), 'reinit' (the same masks on fresh weights,
                 trained from step 0) and 'random_mask' (as many units masked in each layer, at random, on the weights
@@ -151,7 +155,7 @@ class TicketSearch:
             rounds: which, one or several; by default all but the dense one.
             initialise: as in `reinitialised`. Needed for a fair comparison where the network began with other weights
                 than its layers' own defaults.
-            seed: of the fresh weights and the random masks; every round draws its own.
+            seed: of the fresh weights and the random masks; every round draws its own. Another one is another training.
             progress: as in `find_ticket`.
 
         Returns:
@@ -159,6 +163,7 @@ class TicketSearch:
 
         Raises:
             ArgumentError: an unknown kind, no such round, or weights that cannot be initialised.
+            FileError: the folder has comparisons of another search.
         """
         kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
         for kind in kinds:
@@ -172,15 +177,19 @@ class TicketSearch:
         if "reinit" in kinds and jobs:
             reinitialised(self._sparsifier, self.ticket(jobs[0][0]), initialise, seed)  # fails before hours of training
         controls = Controls(self.model, self._train, self._sparsifier, self._rewind, self.rewind_step)
+        scores = {} if self._record is None else self._record.load_scores()
         before = copy_of(self._sparsifier.model)
         found: list[Comparison] = []
         try:
             with training_bar(progress, len(jobs)) as advance:
                 for round, kind in jobs:
                     row = self.rows[round]
-                    score = row.score
-                    if kind != "ticket":
-                        score = controls.score(kind, round, self.ticket(round), initialise, seed)
+                    what = f"{kind} of round {round}, seed {seed}, by {getattr(initialise, '__qualname__', initialise)}"
+                    score = row.score if kind == "ticket" else scores.get(what)
+                    if score is None:
+                        scores[what] = score = controls.score(kind, round, self.ticket(round), initialise, seed)
+                        if self._record is not None:
+                            self._record.save_scores(scores)
                     found.append(Comparison(kind, round, row.remaining, score))
                     advance(f"{kind}, {row.remaining:.1f} %: {score:.5g}")
         finally:
@@ -226,6 +235,7 @@ class TicketSearch:
             FileError: the record is of another network.
         """
         sparsifier, model = self._sparsifier, self._sparsifier.model
+        self._record = record
         before = copy_of(model)
         saved = record.load(rounds) if record is not None else None
         self._rewind = {} if self.rewind_step else before
