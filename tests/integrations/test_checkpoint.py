@@ -304,10 +304,8 @@ class Carries(Callback):
             mean.data.lerp_(now.data, 0.3)
 
     def after_epoch(self) -> None:
-        self.by_epoch[str(self.epoch)] = {
-            "loss": [float(self.loss.detach())],
-            "norm": self.model[0].weight.detach().norm(),
-        }
+        norm = self.model[0].weight.detach().norm()
+        self.by_epoch[str(self.epoch)] = {"loss": [float(self.loss.detach())], "norm": norm}
 
 
 def test_what_callbacks_carry_goes_on_too_numbers_lists_tensors_and_averages(tmp_path: Path) -> None:
