@@ -127,6 +127,7 @@ class SparseTraining:
         self.keep_zeros = keep_zeros
         # False where something was masked that no longer is, and is zero still. Empty where nothing was let go.
         self._let_go: dict[str, Tensor] = {}
+        self._freed: dict[str, Tensor] = {}  # the same, also of what has grown since, and may come to zero by itself
         self._released_at: dict[str, int] = {}  # how often each weight had been written to when it was released
         self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to) if keep_zeros else 0
         self.steps_done = 0
@@ -235,13 +236,15 @@ class SparseTraining:
         """
         if self.keep_zeros:
             targets, masks = self.sparsifier.targets, self.sparsifier.masks
-            if not self._let_go or has_zeros_beside(targets, masks, self._let_go):
+            if not self._let_go or has_zeros_beside(targets, masks, self._freed):
                 self._keep_zeros()
-            elif any(self._released_at.get(t.name, _version(t.weight)) != _version(t.weight) for t in targets):
+            elif has_zeros_beside(targets, masks, self._let_go) or any(
+                self._released_at.get(t.name, _version(t.weight)) != _version(t.weight) for t in targets
+            ):
                 # Trained, and then loaded as they were before; or weights that nothing reaches, in units as they come.
                 with contextlib.suppress(ArgumentError):
                     self._keep_zeros()
-        self._let_go, self._released_at = {}, {}
+        self._let_go, self._freed, self._released_at = {}, {}, {}
 
     def _keep_zeros(self) -> None:
         self.zeros_kept = self.sparsifier.keep_zeros(self.targets, self.round_to) or self.zeros_kept
@@ -260,8 +263,9 @@ class SparseTraining:
 
     def _note_let_go(self) -> None:
         for name, mask in self.sparsifier.masks.items():
-            before = self._let_go.get(name)
-            self._let_go[name] = mask.clone() if before is None else before.to(mask.device) & mask
+            for noted in (self._let_go, self._freed):
+                before = noted.get(name)
+                noted[name] = mask.clone() if before is None else before.to(mask.device) & mask
 
     @torch.no_grad()
     def _note_grown(self) -> None:
@@ -288,6 +292,7 @@ class SparseTraining:
             "floor": self._floor,
             "rules": self._rules(),
             "let_go": {name: pack(mask) for name, mask in self._let_go.items()},
+            "freed": {name: pack(mask) for name, mask in self._freed.items()},
             "tensors": self.sparsifier.state_dict(),
         }
 
@@ -299,12 +304,15 @@ class SparseTraining:
         """
         self.check_state(state)
         masks = self.sparsifier.masks
-        foreign = next((name for name in state["let_go"] if name not in masks), None)
+        foreign = next((name for name in (*state["let_go"], *state["freed"]) if name not in masks), None)
         if foreign is not None:
             raise FileError(f"run state of another network: there is no layer {foreign!r}")
-        let_go = {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state["let_go"].items()}
+        let_go, freed = (
+            {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state[key].items()}
+            for key in ("let_go", "freed")
+        )
         self.sparsifier.load_state_dict(state["tensors"])
-        self._let_go, self._released_at = let_go, {}
+        self._let_go, self._freed, self._released_at = let_go, freed, {}
         self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
         self.progress, self._floor = state["progress"], state["floor"]
 
@@ -392,6 +400,10 @@ def _is_fraction(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
+def _are_masks(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(m, Tensor) for m in cast("Any", value).values())
+
+
 _FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "steps_done": _is_count,
@@ -400,7 +412,8 @@ _FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "floor": _is_fraction,
         "rules": lambda rules: isinstance(rules, Mapping),
         "tensors": lambda tensors: isinstance(tensors, Mapping),
-        "let_go": lambda masks: isinstance(masks, Mapping) and all(isinstance(m, Tensor) for m in masks.values()),
+        "let_go": _are_masks,
+        "freed": _are_masks,
     }
 )
 

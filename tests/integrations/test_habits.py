@@ -28,6 +28,7 @@ from fastai.callback.core import (
     CancelValidException,
 )
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import module_summary
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -411,6 +412,46 @@ def test_validation_in_the_middle_of_a_fit_does_not_disturb_it() -> None:
     assert zeros(learn.model) == HALF
     quiet(learn, 1, now(callback))
     assert zeros(learn.model) == HALF
+
+
+@pytest.mark.parametrize("when", ["before the fit", "in the middle of it"])
+def test_entering_the_learner_as_summary_does_is_no_fit(
+    when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`with learn:` sends what begins and ends a fit, and holds no lock."""
+    path = tmp_path / "run.safetensors"
+    learn, callback = small(tmp_path), half(schedule=lin, verbose=True, checkpoint=path, resume=True)
+    learn.add_cb(callback)
+    looks: list[str] = []
+
+    def look(learn: Learner) -> None:
+        if when == "in the middle of it" and learn.epoch == 1 and not looks:
+            looks.append(module_summary(learn, torch.randn(8, 1, 8, 8)))
+
+    if when == "before the fit":
+        with learn.no_bar():
+            looks.append(module_summary(learn, torch.randn(8, 1, 8, 8)))
+        assert capsys.readouterr().out == ""
+        assert not path.exists()
+        assert [m.name for m in learn.metrics] == ["accuracy"]
+    quiet(learn, 3, Watch(look, "after_epoch"))
+    said = capsys.readouterr().out
+    assert "Conv2d" in looks[0]
+    assert said.count("Pruning of") == said.count("Final Sparsity") == 1
+    assert [row["position"] for row in callback.history] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert zeros(learn.model) == HALF
+
+
+def test_a_callback_that_goes_to_another_learner_leaves_its_keeper_with_the_first() -> None:
+    first, second, callback = small(), small(), half()
+    first.add_cb(callback)
+    quiet(first, 2)
+    second.add_cb(callback)
+    assert not hasattr(first, "sparsify")
+    assert first.keep_sparse.sparse is callback.sparse
+    quiet(second, 2)
+    quiet(first, 1)
+    assert zeros(first.model) == zeros(second.model) == HALF
 
 
 def test_predict_works_beside_a_callback_and_after_it(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from gossamer.integrations.fastai.keeper import KeepSparse, drop_keepers
 from gossamer.integrations.fastai.place import Place
 from gossamer.integrations.fastai.request import request
 from gossamer.integrations.fastai.rounds import Rounds
-from gossamer.integrations.fastai.span import Span, is_within_fit
+from gossamer.integrations.fastai.span import Span, is_within_fit, only_looks
 from gossamer.integrations.fastai.voice import Voice, epoch_line, warn_of_denser_weights, zeros_line
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
@@ -158,7 +158,10 @@ class SparsifyCallback(Traceless):
 
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
-        before, self.__dict__["_learn"] = self.__dict__.get("_learn"), learn
+        before = self.__dict__.get("_learn")
+        if learn is not None and before is not None and before is not learn:
+            before.remove_cb(self)  # one callback is on one learner
+        self.__dict__["_learn"] = learn
         if learn is not None:
             self._leaves_name = False
             learn.cbs = learn.cbs.filter(lambda cb: cb is not self)  # Ctrl-C may have kept fastai from taking it off
@@ -241,7 +244,7 @@ class SparsifyCallback(Traceless):
     def before_epoch(self) -> None:
         """Counts the epochs, since validating in the middle of a fit sets the learner's own count to 0."""
         learn = self._learner()
-        if not learn.lock.locked():
+        if not only_looks(learn):
             self.place.begin_epoch(int(learn.epoch))
 
     def before_batch(self) -> None:
@@ -424,8 +427,7 @@ class SparsifyCallback(Traceless):
 
     @property
     def _only_validates(self) -> bool:
-        # validate() and get_preds() send fit's outer events too, and hold the learner's lock meanwhile.
-        return bool(self._learner().lock.locked())
+        return only_looks(self._learner())
 
     def _learner(self) -> Learner:
         learn = self.learn
@@ -473,6 +475,7 @@ class SparsifyCallback(Traceless):
 
     def _break_off(self, learn: Learner) -> None:
         """Leaves the masks of the last step, and nothing else of this fit."""
+        self._hold(learn)
         if self._is_fitting:
             self._give_up(learn)
         self._clean_up(learn)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gossamer.errors import FileError, GossamerWarning
 from gossamer.integrations.fastai.bystanders import bystanders, changed, has_state, put_back
 from gossamer.integrations.fastai.followers import Traceless
+from gossamer.integrations.fastai.span import only_looks
 from gossamer.randomness import (
     GENERATORS,
     check_generator_state,
@@ -230,7 +231,7 @@ class Resume(Traceless):
     def before_epoch(self) -> None:
         """Skips, or starts."""
         learn = cast(Learner, self.learn)
-        if learn.lock.locked():  # somebody validates in the middle of the fit
+        if only_looks(learn):
             return
         self._epoch += 1
         if not self._begun:
@@ -247,7 +248,7 @@ class Resume(Traceless):
 
     def after_fit(self) -> None:
         """Lets the others see the end of a fit that was skipped whole."""
-        if not cast(Learner, self.learn).lock.locked():
+        if not only_looks(cast(Learner, self.learn)):
             self._go_on()
 
     def _go_on(self) -> None:
@@ -288,7 +289,7 @@ class Checkpointer(Traceless):
     def after_epoch(self) -> None:
         """Saves, when it is time."""
         learn, done = cast(Any, self.learn), cast(Any, self.owner).epoch_now + 1
-        if not learn.lock.locked() and (done % self._every == 0 or done == learn.n_epoch):
+        if not only_looks(cast(Learner, self.learn)) and (done % self._every == 0 or done == learn.n_epoch):
             self._save()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from gossamer.integrations.fastai.followers import Traceless, is_sparsifier
 from gossamer.integrations.fastai.guard import Guard
-from gossamer.integrations.fastai.span import is_within_fit
+from gossamer.integrations.fastai.span import is_within_fit, only_looks
 from gossamer.integrations.fastai.voice import Voice
 from gossamer.training import SparseTraining
 
@@ -39,7 +39,7 @@ class KeepSparse(Traceless):
     def before_fit(self) -> None:
         """Applies the masks to what may have been loaded in between, and says once that they hold."""
         learn = cast(Learner, self.learn)
-        if learn.lock.locked():  # somebody validates, perhaps in the middle of a fit
+        if only_looks(learn):  # perhaps in the middle of a fit
             if not is_within_fit(learn):
                 self._drop_guard()  # of a fit that was broken off before it began
             return
@@ -72,7 +72,7 @@ class KeepSparse(Traceless):
 
     def after_fit(self) -> None:
         """The fit has come to its end."""
-        if not cast(Learner, self.learn).lock.locked():
+        if not only_looks(cast(Learner, self.learn)):
             self._drop_guard()
 
     def after_step(self) -> None:
