@@ -39,7 +39,7 @@ _ELSEWHERE = MappingProxyType(
         "Lottery": "gossamer.tickets",
         "Ticket": "gossamer.tickets",
         "TicketRun": "gossamer.trials",
-        "TicketSearch": "gossamer.lottery",
+        "TicketSearch": "gossamer.search",
         "find_ticket": "gossamer.lottery",
         "load_ticket": "gossamer.tickets",
     }

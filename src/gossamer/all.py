@@ -5,7 +5,7 @@ The criterion `random` is not among the names, since it would hide Python's modu
 
 from gossamer.errors import ArgumentError, FileError, GossamerError, GossamerWarning, StateError, TargetError
 from gossamer.integrations.fastai import SaveSparseModelCallback, SparsifyCallback, SparsityMetric
-from gossamer.lottery import TicketSearch, find_ticket
+from gossamer.lottery import find_ticket
 from gossamer.plots import plot_lottery, plot_schedule, plot_sparsity, plot_training
 from gossamer.report import LayerSparsity, SparsityReport, report
 from gossamer.rules.criteria import (
@@ -28,6 +28,7 @@ from gossamer.rules.criteria import (
 )
 from gossamer.rules.granularity import GRANULARITIES, Granularity
 from gossamer.rules.schedules import SCHEDULES, Schedule, agp, cos, dsd, iterative, lin, one_cycle, one_shot
+from gossamer.search import TicketSearch
 from gossamer.sparsifier import Sparsifier
 from gossamer.tickets import Lottery, Ticket, load_ticket
 from gossamer.training import SparseTraining

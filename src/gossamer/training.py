@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Ten
         optimizer: a torch.optim.Optimizer, a fastai Optimizer or OptimWrapper, or None.
 
     Returns:
-        Parameter → its floating-point state tensors of its own shape (momentum, moments); a scalar step is none.
+        Parameter → its floating-point state tensors of its own shape (momentum, moments, the slow weights of
+        Lookahead); a scalar step is none.
 
     Example:
         >>> p = torch.nn.Parameter(torch.ones(2))
@@ -47,9 +49,10 @@ def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Ten
     if optimizer is None:
         return lambda _: []
     state: Mapping[Tensor, Mapping[str, Any]] = getattr(optimizer, "opt", optimizer).state
+    slow = dict(_slow_weights(optimizer))
 
     def tensors_of(parameter: Tensor) -> list[Tensor]:
-        entries = state[parameter].values() if parameter in state else ()
+        entries = [*(state[parameter].values() if parameter in state else ()), slow.get(parameter)]
         return [
             v
             for v in entries
@@ -57,6 +60,15 @@ def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Ten
         ]
 
     return tensors_of
+
+
+def _slow_weights(optimizer: HasState) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters with the averages that fastai's Lookahead keeps of them, and writes back every few steps."""
+    # In vars, since Lookahead passes on to the optimizer inside whatever is asked of it.
+    groups: Iterable[Iterable[Tensor]] | None = getattr(optimizer, "__dict__", {}).get("slow_weights")
+    if groups is not None:
+        for fast_group, slow_group in zip(cast(Any, optimizer).param_lists, groups, strict=True):
+            yield from zip(fast_group, slow_group, strict=True)
 
 
 class SparseTraining:
@@ -113,8 +125,10 @@ class SparseTraining:
         self.round_to = round_to
         self.total_steps = self._made_for = _checked_steps(total_steps)
         self.keep_zeros = keep_zeros
-        # Where nothing was masked that no longer is: zeros elsewhere are the run's own. Empty where nothing was let go.
+        # False where something was masked that no longer is, and is zero still. Empty where nothing was let go.
         self._let_go: dict[str, Tensor] = {}
+        self._freed: dict[str, Tensor] = {}  # the same, also of what has grown since, and may come to zero by itself
+        self._released_at: dict[str, int] = {}  # how often each weight had been written to when it was released
         self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to) if keep_zeros else 0
         self.steps_done = 0
         self.progress = 0.0
@@ -156,15 +170,18 @@ class SparseTraining:
         Returns:
             Whether progress changed.
         """
+        self._note_grown()
         progress = self.schedule(position)
         if progress >= self._floor:
             self._floor = 0.0  # the schedule has caught up, and leads from here on, down again too
         progress, before = max(self._floor, progress), self.progress
         changed = progress != before
-        self.progress = progress
-        if changed and (progress < before or (self.round_to is not None and self.sparsifier.context.kind == "global")):
-            self._note_let_go()  # what this move frees is zero until the next step
         try:
+            self.progress = progress
+            if changed and (
+                progress < before or (self.round_to is not None and self.sparsifier.context.kind == "global")
+            ):
+                self._note_let_go()  # what this move frees is zero until the next step
             if changed and not self._warned:
                 self._warned = True
                 self.sparsifier.warn_unchanged(self.targets)
@@ -181,6 +198,7 @@ class SparseTraining:
         Args:
             without: layers that are left alone.
         """
+        self._note_grown()
         self.sparsifier.apply(optimizer_tensors(self.optimizer), without)
 
     def fractions(self) -> dict[str, Fraction]:
@@ -210,18 +228,26 @@ class SparseTraining:
     def keep_new_zeros(self) -> None:
         """Masks zeros beside the masks too, as in a sparser network that was loaded since; `restart` does it.
 
-        A run that was made with keep_zeros=False does not; nor does one that was released since it last started, unless
-        there are zeros beside those that it let go.
+        A run that was made with keep_zeros=False does not; nor does one that has let go of its zeros since it last
+        started, unless there are others beside them, or the weights were written to since it was released.
 
         Raises:
             ArgumentError: a target below the zeros that are there.
         """
-        sparsifier = self.sparsifier
-        if self.keep_zeros and (
-            not self._let_go or has_zeros_beside(sparsifier.targets, sparsifier.masks, self._let_go)
-        ):
-            self.zeros_kept = self.sparsifier.keep_zeros(self.targets, self.round_to) or self.zeros_kept
-        self._let_go = {}
+        if self.keep_zeros:
+            targets, masks = self.sparsifier.targets, self.sparsifier.masks
+            if not self._let_go or has_zeros_beside(targets, masks, self._freed):
+                self._keep_zeros()
+            elif has_zeros_beside(targets, masks, self._let_go) or any(
+                self._released_at.get(t.name, _version(t.weight)) != _version(t.weight) for t in targets
+            ):
+                # Trained, and then loaded as they were before; or weights that nothing reaches, in units as they come.
+                with contextlib.suppress(ArgumentError):
+                    self._keep_zeros()
+        self._let_go, self._freed, self._released_at = {}, {}, {}
+
+    def _keep_zeros(self) -> None:
+        self.zeros_kept = self.sparsifier.keep_zeros(self.targets, self.round_to) or self.zeros_kept
 
     @property
     def at_target(self) -> bool:
@@ -231,13 +257,22 @@ class SparseTraining:
     def release(self) -> None:
         """Lets go of the masks: from now on every weight may grow again."""
         self._note_let_go()
+        self._released_at = {t.name: _version(t.weight) for t in self.sparsifier.targets}
         self.sparsifier.release()
         self.progress, self._floor, self.zeros_kept = 0.0, 0.0, 0
 
     def _note_let_go(self) -> None:
         for name, mask in self.sparsifier.masks.items():
-            before = self._let_go.get(name)
-            self._let_go[name] = mask.clone() if before is None else before.to(mask.device) & mask
+            for noted in (self._let_go, self._freed):
+                before = noted.get(name)
+                noted[name] = mask.clone() if before is None else before.to(mask.device) & mask
+
+    @torch.no_grad()
+    def _note_grown(self) -> None:
+        for target in self.sparsifier.targets if self._let_go else ():
+            if target.name in self._let_go:
+                mask = self._let_go[target.name].to(target.weight.device)
+                self._let_go[target.name] = mask | (target.weight != 0)
 
     def report(self) -> SparsityReport:
         """What is sparse now, counted from the weights."""
@@ -257,6 +292,7 @@ class SparseTraining:
             "floor": self._floor,
             "rules": self._rules(),
             "let_go": {name: pack(mask) for name, mask in self._let_go.items()},
+            "freed": {name: pack(mask) for name, mask in self._freed.items()},
             "tensors": self.sparsifier.state_dict(),
         }
 
@@ -268,12 +304,15 @@ class SparseTraining:
         """
         self.check_state(state)
         masks = self.sparsifier.masks
-        foreign = next((name for name in state["let_go"] if name not in masks), None)
+        foreign = next((name for name in (*state["let_go"], *state["freed"]) if name not in masks), None)
         if foreign is not None:
             raise FileError(f"run state of another network: there is no layer {foreign!r}")
-        let_go = {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state["let_go"].items()}
+        let_go, freed = (
+            {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state[key].items()}
+            for key in ("let_go", "freed")
+        )
         self.sparsifier.load_state_dict(state["tensors"])
-        self._let_go = let_go
+        self._let_go, self._freed, self._released_at = let_go, freed, {}
         self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
         self.progress, self._floor = state["progress"], state["floor"]
 
@@ -339,6 +378,11 @@ def _checked_steps(total_steps: int | None) -> int | None:
     return int(total_steps)
 
 
+def _version(weight: Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return -1 if weight.is_inference() else weight._version
+
+
 def _check_optimizer(optimizer: HasState | None) -> None:
     if optimizer is None or isinstance(getattr(getattr(optimizer, "opt", optimizer), "state", None), Mapping):
         return
@@ -356,6 +400,10 @@ def _is_fraction(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
+def _are_masks(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(m, Tensor) for m in cast("Any", value).values())
+
+
 _FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "steps_done": _is_count,
@@ -364,7 +412,8 @@ _FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "floor": _is_fraction,
         "rules": lambda rules: isinstance(rules, Mapping),
         "tensors": lambda tensors: isinstance(tensors, Mapping),
-        "let_go": lambda masks: isinstance(masks, Mapping) and all(isinstance(m, Tensor) for m in masks.values()),
+        "let_go": _are_masks,
+        "freed": _are_masks,
     }
 )
 
@@ -374,7 +423,8 @@ def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
 
     Args:
         optimizer: as in `optimizer_tensors`.
-        parameters: whose moments and step counts go. Settings that fastai keeps beside them stay.
+        parameters: whose moments and step counts go. Settings that fastai keeps beside them stay. The slow weights of
+            Lookahead become what the parameters are now.
 
     Example:
         >>> p = torch.nn.Parameter(torch.ones(2))
@@ -386,7 +436,10 @@ def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
         return
     inner = getattr(optimizer, "opt", optimizer)
     settings: Iterable[str] = getattr(inner, "_keep_on_clear", ())
+    slow = dict(_slow_weights(optimizer))
     for parameter in parameters:
+        if parameter in slow:
+            slow[parameter].copy_(parameter.detach())
         if parameter in inner.state:
             entries = inner.state[parameter]
             inner.state[parameter] = {k: entries[k] for k in settings if k in entries}
