@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gossamer import sweeps
 from gossamer.companions import find_companions
 from gossamer.errors import ArgumentError, TargetError
 from gossamer.evidence import Evidence, ScoresOnDemand, widen
@@ -15,6 +16,7 @@ from gossamer.masks import Masks, zero_at, zero_masked
 from gossamer.rules.criteria import Criterion
 from gossamer.rules.granularity import Granularity, expand, output_channels, pool, units_of
 from gossamer.rules.selection import Candidates, Hint, take
+from gossamer.sweeps import Units
 from gossamer.targets import Target
 
 StateOf = Callable[[Tensor], Iterable[Tensor]]
@@ -116,6 +118,38 @@ class Layers(Mapping[str, Layer]):
         if not layer.dims and self.criterion.elementwise:
             return ScoresOnDemand(self.criterion, self.evidence.gather(layer.target.name, layer.target.weight))
         return self.scores(layer).reshape(-1)
+
+    def drop_lowest(
+        self, layers: Sequence[Layer], need: int, hint: Hint | None, state_of: StateOf
+    ) -> tuple[list[int], Hint | None] | None:
+        """Masks the lowest units of layers that compete, and zeroes what is masked, compiled; None where it cannot be.
+
+        Args:
+            layers: that compete; how many of their units are masked is known.
+            need: how many units go, in all together.
+            hint: from the last time.
+            state_of: further tensors to zero where the weights are.
+        """
+        passes: list[Units] = []
+        for layer in layers:
+            mask = self.masks.on(layer.target.name, layer.target.weight.device)
+            n_kept = layer.n_units - (layer.masked or 0)
+            if self.criterion.magnitude and not layer.dims:
+                (scored,) = self.evidence.gather(layer.target.name, layer.target.weight).values()
+                tensors = [layer.target.weight, *state_of(layer.target.weight)]
+                passes.append(Units(scored, True, mask, n_kept, tensors))
+            elif layer.dims or not self.criterion.elementwise:  # scores that have to be there whole
+                self.apply(layer, state_of)
+                kept = self.units(layer).reshape(-1).clone()
+                passes.append(Units(self.scores(layer).reshape(-1), False, kept, n_kept))
+            else:
+                return None
+        done = sweeps.drop(passes, need, hint)
+        if done is not None:
+            for layer, units in zip(layers, passes, strict=True):
+                if not units.is_magnitude:
+                    self.replace(layer, units.kept, state_of)
+        return done
 
     def drop(self, layer: Layer, candidates: Candidates, need: int, state_of: StateOf) -> Hint | None:
         """Masks the candidates that go, and zeroes them; a hint for the next time."""

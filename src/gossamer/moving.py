@@ -63,11 +63,12 @@ class Mover:
             changed = self._move_global(max(fractions.values(), default=Fraction(0)), round_to, state_of)
         else:
             for name, layer in self.layers.items():
-                self.layers.apply(layer, state_of)
-                if name not in fractions or self._is_frozen(layer):
-                    continue
-                goal = max(layer.floor, rounded(count(fractions[name], layer.n_units), layer, round_to))
-                if goal != layer.masked:
+                goal = layer.masked
+                if name in fractions and not self._is_frozen(layer):
+                    goal = max(layer.floor, rounded(count(fractions[name], layer.n_units), layer, round_to))
+                if goal is None or goal == layer.masked:
+                    self.layers.apply(layer, state_of)
+                else:
                     self._move_layer(layer, goal, state_of)
                     changed[name] = True
         for name, flag in changed.items():
@@ -84,10 +85,16 @@ class Mover:
         name = layer.target.name
         need = goal - layer.masked if layer.masked is not None else 0
         if need > 0 and self._is_fast(layer):
-            kept = self.layers.units(layer).reshape(-1)
-            found = self._survey([self.layers.flat_scores(layer)], [kept], need, self._hints.get(name))
-            self._hints[name] = self.layers.drop(layer, found[0], need, state_of)
+            done = self.layers.drop_lowest([layer], need, self._hints.get(name), state_of)
+            if done is not None:
+                self._hints[name] = done[1]
+            else:
+                self.layers.apply(layer, state_of)
+                kept = self.layers.units(layer).reshape(-1)
+                found = self._survey([self.layers.flat_scores(layer)], [kept], need, self._hints.get(name))
+                self._hints[name] = self.layers.drop(layer, found[0], need, state_of)
         else:
+            self.layers.apply(layer, state_of)
             self.layers.replace(layer, self._select(layer, self.layers.scores(layer), goal), state_of)
         layer.masked = goal
 
@@ -101,33 +108,45 @@ class Mover:
             raise
 
     def _move_global(self, fraction: Fraction, round_to: int | None, state_of: StateOf) -> dict[str, bool | Tensor]:
-        for layer in self.layers.values():
-            self.layers.apply(layer, state_of)
         layers = [layer for layer in self.layers.values() if not self._is_frozen(layer)]
-        if not layers:
-            return {}
         goal = max(count(fraction, sum(la.n_units for la in layers)), sum(la.floor for la in layers))
         now = [layer.masked for layer in layers]
         known = [n for n in now if n is not None]
-        fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
-        if (goal, round_to, len(layers)) == self.pooled:
-            return {}
-        self.pooled = (goal, round_to, len(layers))
-        if not fast or goal < sum(known) or round_to is not None:
-            return self._select_global(layers, goal, round_to, state_of)
         need = goal - sum(known)
-        if not need:
+        fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
+        fast = fast and need >= 0 and round_to is None
+        goes_on = bool(layers) and (goal, round_to, len(layers)) != self.pooled
+        if layers:
+            self.pooled = (goal, round_to, len(layers))
+        done = None
+        if goes_on and fast and need:
+            done = self.layers.drop_lowest(layers, need, self._hints.get(""), state_of)
+        for layer in self.layers.values():
+            if done is None or self._is_frozen(layer):  # the others have been masked on the way
+                self.layers.apply(layer, state_of)
+        if not goes_on or (fast and not need):
             return {}
+        if not fast:
+            return self._select_global(layers, goal, round_to, state_of)
+        if done is not None:
+            counts, self._hints[""] = done
+        else:
+            counts = self._drop_global(layers, need, state_of)
+        for layer, here in zip(layers, counts, strict=True):
+            layer.masked = (layer.masked or 0) + here
+        return {layer.target.name: True for layer, here in zip(layers, counts, strict=True) if here}
+
+    def _drop_global(self, layers: Sequence[Layer], need: int, state_of: StateOf) -> list[int]:
+        """The twin of `Layers.drop_lowest`."""
         kept = [self.layers.units(layer).reshape(-1) for layer in layers]
         found = self._survey([self.layers.flat_scores(layer) for layer in layers], kept, need, self._hints.get(""))
         counts, threshold = pooled_counts(need, [c.n_settled for c in found], [c.scores for c in found])
         for layer, candidates, here in zip(layers, found, counts, strict=True):
             if here:
                 self.layers.drop(layer, candidates, here, state_of)
-                layer.masked = (layer.masked or 0) + here
         left = sum(c.n_settled + len(c.scores) for c in found) - need
         self._hints[""] = hint_after(found[0].upper, threshold, left)
-        return {layer.target.name: True for layer, here in zip(layers, counts, strict=True) if here}
+        return counts
 
     def _select_global(
         self, layers: Sequence[Layer], goal: int, round_to: int | None, state_of: StateOf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,22 @@ class Step(ctypes.Structure):
     )
 
 
+class Sweep(ctypes.Structure):
+    """The weights or the scores of a layer, and their mask, as in src/native/gossamer.h."""
+
+    _fields_ = (
+        ("keep", c_void_p),
+        ("n", c_int64),
+        ("n_kept", c_int64),
+        ("tensors", POINTER(c_void_p)),
+        ("sizes", POINTER(c_int32)),
+        ("n_tensors", c_int32),
+        ("kind", c_int32),
+        ("scores", c_void_p),
+        ("n_masked", c_int64),
+    )
+
+
 _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_isa", c_char_p, (c_int32,)),
     ("gossamer_layer_new", c_void_p, (c_void_p, c_void_p, c_void_p)),
@@ -45,6 +61,8 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_count_gaps", c_int64, (c_void_p, c_int64, POINTER(c_int64))),
     ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),
     ("gossamer_expand_gaps", c_int32, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32)),
+    ("gossamer_zero", c_int32, (POINTER(Sweep), c_int32, c_int32)),
+    ("gossamer_drop", c_int32, (POINTER(Sweep), c_int64, c_int64, c_double, POINTER(c_double), c_int32, c_int32)),
 )
 
 

@@ -41,3 +41,24 @@ GOSSAMER_API int32_t gossamer_run_tokens(
 // shape: height, width, out height, out width, kernel (y, x), stride (y, x), padding (y, x)
 GOSSAMER_API int32_t gossamer_max_pool(
     const float* in, float* out, int64_t planes, const int32_t* shape, int32_t threads);
+
+// Selection (select.cpp): the weights of a layer, or scores of its units, and the mask that belongs to them.
+struct GossamerSweep {
+  uint8_t* keep;         // the mask, n bytes of 0 or 1
+  int64_t n, n_kept;     // n_kept: how many of them are 1
+  void* const* tensors;  // of n elements, to be zero where the mask is 0
+  const int32_t* sizes;  // of their elements: 1, 2, 4 or 8 bytes
+  int32_t n_tensors;
+  int32_t kind;        // scores are the magnitudes of 0 float16, 1 bfloat16, 2 float32, 3 float64; or 4 float32, 5 float64
+  const void* scores;  // n of these; may be one of the tensors
+  int64_t n_masked;    // out: how many more are masked now
+};
+
+// Both give 1 where an argument is none of those above. isa: as for gossamer_isa.
+GOSSAMER_API int32_t gossamer_zero(const GossamerSweep*, int32_t threads, int32_t isa);
+// Masks, in layers that compete, the `need` lowest kept scores of all (ties in the order of layers and positions), and
+// zeroes. hint: a score that they probably lie below, or nan. next: the highest score that went, the upper end of the
+// bracket that was looked at, and how many kept scores were left in it. 2 where memory is short, 3 where there are fewer
+// kept scores that are numbers; no mask is changed then.
+GOSSAMER_API int32_t gossamer_drop(
+    GossamerSweep* layers, int64_t n_layers, int64_t need, double hint, double* next, int32_t threads, int32_t isa);
