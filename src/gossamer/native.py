@@ -44,6 +44,21 @@ class Sweep(ctypes.Structure):
     )
 
 
+class Group(ctypes.Structure):
+    """Layers that compete for what is to be masked, as in src/native/gossamer.h."""
+
+    _fields_ = (
+        ("layers", POINTER(Sweep)),
+        ("n_layers", c_int64),
+        ("need", c_int64),
+        ("hint", c_double),
+        ("threshold", c_double),
+        ("upper", c_double),
+        ("left", c_int64),
+        ("failed", c_int32),
+    )
+
+
 _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_isa", c_char_p, (c_int32,)),
     ("gossamer_layer_new", c_void_p, (c_void_p, c_void_p, c_void_p)),
@@ -62,7 +77,7 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),
     ("gossamer_expand_gaps", c_int32, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32)),
     ("gossamer_zero", c_int32, (POINTER(Sweep), c_int32, c_int32)),
-    ("gossamer_drop", c_int32, (POINTER(Sweep), c_int64, c_int64, c_double, POINTER(c_double), c_int32, c_int32)),
+    ("gossamer_drop", None, (POINTER(Group), c_int64, c_int32, c_int32)),
 )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from ctypes import c_double, c_int32, c_void_p
+from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from gossamer.native import Sweep, native
+from gossamer.native import Group, Sweep, native
 from gossamer.rules.selection import Hint, hint_after
 
 _SIZES = frozenset((1, 2, 4, 8))
@@ -68,37 +68,70 @@ def zero(kept: Tensor, tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def drop(layers: Sequence[Units], need: int, hint: Hint | None = None) -> tuple[list[int], Hint | None] | None:
-    """Masks the lowest kept units of layers that compete, and zeroes what is masked, if it can.
+@dataclass(frozen=True)
+class Competition:
+    """Layers that compete for what is to be masked.
 
     Args:
         layers: the layers' units; ties go in their order, and by position.
         need: how many units shall go, in all layers together; at least 1.
         hint: from the last time, where there was one.
+    """
+
+    layers: Sequence[Units]
+    need: int
+    hint: Hint | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What went in a competition.
+
+    Args:
+        counts: for each layer, how many units.
+        hint: for the next time; None where nothing can be said.
+    """
+
+    counts: list[int]
+    hint: Hint | None
+
+
+def drop(competitions: Sequence[Competition]) -> list[Dropped | None]:
+    """Masks the lowest kept units in each competition, and zeroes what is masked.
+
+    Args:
+        competitions: no layer is in two of them.
 
     Returns:
-        For each layer, how many went, and a hint for the next time (None where nothing can be said). None where it
-        could not: then no mask has changed.
+        What went in each; None where it could not be done: then no mask has changed there.
 
     Example:
         >>> kept = torch.tensor([True, True, True])
-        >>> done = drop([Units(torch.tensor([3.0, 1.0, 1.0]), False, kept, 3)], 1)
+        >>> (done,) = drop([Competition([Units(torch.tensor([3.0, 1.0, 1.0]), False, kept, 3)], need=1)])
         >>> done is None or kept.tolist() == [True, False, True]
         True
     """
     library = native()
-    if library is None or not all(_fits(layer) for layer in layers):
-        return None
+    if library is None:
+        return [None] * len(competitions)
+    fitting = [i for i, c in enumerate(competitions) if all(_fits(layer) for layer in c.layers)]
+    groups = (Group * len(fitting))(*(_group_of(competitions[i]) for i in fitting))
+    library.gossamer_drop(groups, len(fitting), torch.get_num_threads(), _BEST)
+    done: list[Dropped | None] = [None] * len(competitions)
+    for i, group in zip(fitting, groups, strict=True):
+        for layer in competitions[i].layers:
+            _note_written(layer.tensors)
+        if not group.failed:
+            counts = [group.layers[k].n_masked for k in range(group.n_layers)]
+            done[i] = Dropped(counts, hint_after(group.upper, group.threshold, group.left))
+    return done
+
+
+def _group_of(competition: Competition) -> Group:
+    layers, hint = competition.layers, competition.hint
     sweeps = (Sweep * len(layers))(*(_sweep_of(layer) for layer in layers))
-    following = (c_double * 3)()
-    below = math.nan if hint is None else hint.below(need)
-    threads = torch.get_num_threads()
-    if library.gossamer_drop(sweeps, len(layers), need, below, following, threads, _BEST):
-        return None
-    for layer in layers:
-        _note_written(layer.tensors)
-    threshold, upper, left = following
-    return [sweep.n_masked for sweep in sweeps], hint_after(upper, threshold, int(left))
+    below = math.nan if hint is None else hint.below(competition.need)
+    return Group(sweeps, len(layers), competition.need, below)
 
 
 def _fits(layer: Units) -> bool:

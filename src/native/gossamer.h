@@ -54,11 +54,20 @@ struct GossamerSweep {
   int64_t n_masked;    // out: how many more are masked now
 };
 
-// Both give 1 where an argument is none of those above. isa: as for gossamer_isa.
+// Gives 1 where an argument is none of those above, 2 where memory is short. isa: as for gossamer_isa.
 GOSSAMER_API int32_t gossamer_zero(const GossamerSweep*, int32_t threads, int32_t isa);
-// Masks, in layers that compete, the `need` lowest kept scores of all (ties in the order of layers and positions), and
-// zeroes. hint: a score that they probably lie below, or nan. next: the highest score that went, the upper end of the
-// bracket that was looked at, and how many kept scores were left in it. 2 where memory is short, 3 where there are fewer
-// kept scores that are numbers; no mask is changed then.
-GOSSAMER_API int32_t gossamer_drop(
-    GossamerSweep* layers, int64_t n_layers, int64_t need, double hint, double* next, int32_t threads, int32_t isa);
+// Layers that compete for what is to be masked.
+struct GossamerGroup {
+  GossamerSweep* layers;  // which compete
+  int64_t n_layers;
+  int64_t need;      // at least 1
+  double hint;       // a score that the needed ones probably lie below, or nan
+  double threshold;  // out: the highest score that went; nan where that is not known
+  double upper;      // out: the upper end of the bracket that was looked at
+  int64_t left;      // out: how many kept scores were left in it
+  int32_t failed;    // out: 1 where an argument is none of those above, 2 where memory is short, 3 where there are fewer
+                     // kept scores that are numbers; no mask was changed then
+};
+
+// Masks in each group the `need` lowest kept scores (ties in the order of layers and positions), and zeroes.
+GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa);

@@ -374,22 +374,40 @@ GOSSAMER_API int32_t gossamer_zero(const GossamerSweep* s, int32_t threads, int3
   return 0;
 }
 
-GOSSAMER_API int32_t gossamer_drop(
-    GossamerSweep* layers, int64_t n_layers, int64_t need, double hint, double* next, int32_t threads, int32_t isa) {
+GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa) {
   const Loops* loops = supported(isa);
-  if (!loops || need < 1) return 1;
-  for (int64_t l = 0; l < n_layers; l++)
-    if (!fits(layers[l]) || (layers[l].n && !layers[l].scores)) return 1;
-  try {
-    Job job(layers, n_layers, need, threads, *loops);
-    if (!job.find(hint)) return 3;
-    const double threshold = job.threshold();
-    job.cut(threshold);
-    next[0] = need > job.settled ? threshold : NONE;
-    next[1] = job.upper;
-    next[2] = double(job.settled + job.found - need);
-  } catch (const std::bad_alloc&) {
-    return 2;
+  int64_t total = 0, most = 0;
+  for (int64_t g = 0; g < n_groups; g++) {
+    GossamerGroup& group = groups[g];
+    group.failed = loops && group.need > 0 ? 0 : 1;
+    int64_t n = 0;
+    for (int64_t l = 0; l < group.n_layers; l++) {
+      const GossamerSweep& s = group.layers[l];
+      if (!fits(s) || (s.n && !s.scores)) group.failed = 1;
+      n += s.n;
+    }
+    total += n, most = std::max(most, n);
   }
-  return 0;
+  auto drop = [&](int64_t g, int32_t with) {
+    GossamerGroup& group = groups[g];
+    if (group.failed) return;
+    try {
+      Job job(group.layers, group.n_layers, group.need, with, *loops);
+      if (!job.find(group.hint)) {
+        group.failed = 3;
+        return;
+      }
+      const double threshold = job.threshold();
+      job.cut(threshold);
+      group.threshold = group.need > job.settled ? threshold : NONE;
+      group.upper = job.upper;
+      group.left = job.settled + job.found - group.need;
+    } catch (const std::bad_alloc&) {
+      group.failed = 2;
+    }
+  };
+  // A thread a group, which leaves nothing that others wait for; or all threads in each, where one group is too large.
+  if (total < 4 * ITEM) threads = 1;
+  if (most * threads <= total) share(n_groups, threads, [&](int64_t g) { drop(g, 1); });
+  else for (int64_t g = 0; g < n_groups; g++) drop(g, threads);
 }
