@@ -53,24 +53,26 @@ struct Vector {
   typedef T U __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
 };
 
-// One bit for each lane of a comparison's result, the first in the lowest. No vector extension has a word for it.
+// One bit for each lane of a comparison's result, the first in the lowest. No vector extension has a word for it, and the
+// compiler does not see it in a loop.
 template <class M>
 uint32_t bits(M lanes) {
-  constexpr int N = int(sizeof lanes / sizeof lanes[0]);
-  typedef int8_t Narrow __attribute__((vector_size(N)));
+  constexpr int SIZE = int(sizeof lanes[0]), N = int(sizeof lanes) / SIZE;
+  typedef int8_t Narrow __attribute__((vector_size(N), unused));
+  typedef char Chars __attribute__((vector_size(BYTES), unused));
+  typedef char HalfChars __attribute__((vector_size(16), unused));
+  typedef float Floats __attribute__((vector_size(BYTES), unused));
+  typedef double Doubles __attribute__((vector_size(BYTES), unused));
 #if defined(__AVX2__)
-  typedef char C __attribute__((vector_size(32)));
-  typedef char H __attribute__((vector_size(16)));
-  if constexpr (sizeof lanes[0] == 8) return uint32_t(__builtin_ia32_movmskpd256((__attribute__((vector_size(32))) double)lanes));
-  else if constexpr (sizeof lanes[0] == 4) return uint32_t(__builtin_ia32_movmskps256((__attribute__((vector_size(32))) float)lanes));
-  else if constexpr (sizeof lanes[0] == 1) return uint32_t(__builtin_ia32_pmovmskb256((C)lanes));
-  else return uint32_t(__builtin_ia32_pmovmskb128((H)__builtin_convertvector(lanes, Narrow)));
+  if constexpr (SIZE == 8) return uint32_t(__builtin_ia32_movmskpd256((Doubles)lanes));
+  else if constexpr (SIZE == 4) return uint32_t(__builtin_ia32_movmskps256((Floats)lanes));
+  else if constexpr (SIZE == 1) return uint32_t(__builtin_ia32_pmovmskb256((Chars)lanes));
+  else return uint32_t(__builtin_ia32_pmovmskb128((HalfChars)__builtin_convertvector(lanes, Narrow)));
 #elif defined(__SSE2__)
-  typedef char C __attribute__((vector_size(16)));
-  if constexpr (sizeof lanes[0] == 8) return uint32_t(__builtin_ia32_movmskpd((__attribute__((vector_size(16))) double)lanes));
-  else if constexpr (sizeof lanes[0] == 4) return uint32_t(__builtin_ia32_movmskps((__attribute__((vector_size(16))) float)lanes));
-  else if constexpr (sizeof lanes[0] == 1) return uint32_t(__builtin_ia32_pmovmskb128((C)lanes));
-  else return uint32_t(__builtin_ia32_pmovmskb128((C)__builtin_ia32_packsswb128(lanes, lanes))) & 255;
+  if constexpr (SIZE == 8) return uint32_t(__builtin_ia32_movmskpd((Doubles)lanes));
+  else if constexpr (SIZE == 4) return uint32_t(__builtin_ia32_movmskps((Floats)lanes));
+  else if constexpr (SIZE == 1) return uint32_t(__builtin_ia32_pmovmskb128((Chars)lanes));
+  else return uint32_t(__builtin_ia32_pmovmskb128((HalfChars)__builtin_ia32_packsswb128(lanes, lanes))) & 255;
 #else
   const Narrow bytes = __builtin_convertvector(lanes, Narrow);
   uint32_t all = 0;

@@ -185,7 +185,9 @@ def large_final(weight: Tensor) -> Tensor:
     return weight.abs()
 
 
-magnitude = CRITERIA.register("magnitude", Criterion(large_final.func, name="magnitude", elementwise=True, magnitude=True))
+magnitude = CRITERIA.register(
+    "magnitude", Criterion(large_final.func, name="magnitude", elementwise=True, magnitude=True)
+)
 
 
 @_elementwise
