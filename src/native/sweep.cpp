@@ -57,8 +57,9 @@ struct Vector {
 // compiler does not see it in a loop.
 template <class M>
 uint32_t bits(M lanes) {
-  constexpr int SIZE = int(sizeof lanes[0]), N = int(sizeof lanes) / SIZE;
-  typedef int8_t Narrow __attribute__((vector_size(N), unused));
+  constexpr int SIZE = int(sizeof lanes[0]);
+  [[maybe_unused]] constexpr int N = int(sizeof lanes) / SIZE;
+  typedef int8_t Narrow __attribute__((vector_size(16), unused));
   typedef char Chars __attribute__((vector_size(BYTES), unused));
   typedef char HalfChars __attribute__((vector_size(16), unused));
   typedef float Floats __attribute__((vector_size(BYTES), unused));
@@ -74,9 +75,8 @@ uint32_t bits(M lanes) {
   else if constexpr (SIZE == 1) return uint32_t(__builtin_ia32_pmovmskb128((Chars)lanes));
   else return uint32_t(__builtin_ia32_pmovmskb128((HalfChars)__builtin_ia32_packsswb128(lanes, lanes))) & 255;
 #else
-  const Narrow bytes = __builtin_convertvector(lanes, Narrow);
   uint32_t all = 0;
-  for (int i = 0; i < N; i++) all |= uint32_t(bytes[i] & 1) << i;
+  for (int i = 0; i < N; i++) all |= uint32_t(lanes[i] & 1) << i;
   return all;
 #endif
 }
