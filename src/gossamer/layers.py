@@ -15,6 +15,7 @@ from gossamer.masks import Masks, zero_at, zero_masked
 from gossamer.rules.criteria import Criterion
 from gossamer.rules.granularity import Granularity, expand, output_channels, pool, units_of
 from gossamer.rules.selection import Candidates, Hint, take
+from gossamer.sweeps import Competition, Units
 from gossamer.targets import Target
 
 StateOf = Callable[[Tensor], Iterable[Tensor]]
@@ -116,6 +117,41 @@ class Layers(Mapping[str, Layer]):
         if not layer.dims and self.criterion.elementwise:
             return ScoresOnDemand(self.criterion, self.evidence.gather(layer.target.name, layer.target.weight))
         return self.scores(layer).reshape(-1)
+
+    def to_drop(self, layers: Sequence[Layer], need: int, hint: Hint | None, state_of: StateOf) -> Competition | None:
+        """Layers that compete, for `sweeps.drop`; None where their scores have to be computed piece by piece.
+
+        Args:
+            layers: of which it is known how many units are masked.
+            need: how many units are to go, in all together.
+            hint: from the last time.
+            state_of: further tensors to zero where the weights are.
+        """
+        units: list[Units] = []
+        for layer in layers:
+            name, weight = layer.target.name, layer.target.weight
+            n_kept = layer.n_units - (layer.masked or 0)
+            if self.is_read_from_bits(layer):
+                (scored,) = self.evidence.gather(name, weight).values()
+                mask = self.masks.on(name, weight.device)
+                units.append(Units(scored, True, mask, n_kept, [weight, *state_of(weight)]))
+            elif layer.dims or not self.criterion.elementwise:
+                self.apply(layer, state_of)
+                kept = self.units(layer).reshape(-1).clone()
+                units.append(Units(self.scores(layer).reshape(-1), False, kept, n_kept))
+            else:
+                return None
+        return Competition(units, need, hint)
+
+    def is_read_from_bits(self, layer: Layer) -> bool:
+        """Whether a layer's scores are the magnitudes of single weights, which need not be computed to be compared."""
+        return self.criterion.magnitude and not layer.dims
+
+    def dropped(self, layers: Sequence[Layer], competition: Competition, state_of: StateOf) -> None:
+        """Puts masks of units that were dropped in place."""
+        for layer, units in zip(layers, competition.layers, strict=True):
+            if not units.is_magnitude:
+                self.replace(layer, units.kept, state_of)
 
     def drop(self, layer: Layer, candidates: Candidates, need: int, state_of: StateOf) -> Hint | None:
         """Masks the candidates that go, and zeroes them; a hint for the next time."""

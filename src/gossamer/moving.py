@@ -14,6 +14,7 @@ from gossamer.evidence import ScoresOnDemand
 from gossamer.layers import Layer, Layers, StateOf
 from gossamer.rules.allocation import Context, count, global_counts, pooled_counts, round_kept
 from gossamer.rules.selection import Candidates, Hint, hint_after, nest, select, select_n_m, survey
+from gossamer.sweeps import Competition, drop
 
 
 class Mover:
@@ -62,14 +63,7 @@ class Mover:
         if self.context.kind == "global":
             changed = self._move_global(max(fractions.values(), default=Fraction(0)), round_to, state_of)
         else:
-            for name, layer in self.layers.items():
-                self.layers.apply(layer, state_of)
-                if name not in fractions or self._is_frozen(layer):
-                    continue
-                goal = max(layer.floor, rounded(count(fractions[name], layer.n_units), layer, round_to))
-                if goal != layer.masked:
-                    self._move_layer(layer, goal, state_of)
-                    changed[name] = True
+            changed = self._move_local(fractions, round_to, state_of)
         for name, flag in changed.items():
             self.layers.evidence.moved(name, self.layers[name].target.weight, flag)
         self.layers.apply_companions(state_of)
@@ -80,9 +74,53 @@ class Mover:
     def _is_frozen(self, layer: Layer) -> bool:
         return self.skip_frozen and not layer.target.weight.requires_grad
 
+    def _move_local(
+        self, fractions: Mapping[str, Fraction], round_to: int | None, state_of: StateOf
+    ) -> dict[str, bool | Tensor]:
+        moving: list[tuple[Layer, int]] = []
+        for name, layer in self.layers.items():
+            goal = layer.masked
+            if name in fractions and not self._is_frozen(layer):
+                goal = max(layer.floor, rounded(count(fractions[name], layer.n_units), layer, round_to))
+            if goal is None or goal == layer.masked:
+                self.layers.apply(layer, state_of)
+            else:
+                moving.append((layer, goal))
+        # Those whose scores need no memory all at once, the others one by one.
+        small = [self._grows_fast(*move) and self.layers.is_read_from_bits(move[0]) for move in moving]
+        self._move_layers([move for move, is_small in zip(moving, small, strict=True) if is_small], state_of)
+        for move, is_small in zip(moving, small, strict=True):
+            if not is_small:
+                self._move_layers([move], state_of)
+        return {layer.target.name: True for layer, _ in moving}
+
+    def _grows_fast(self, layer: Layer, goal: int) -> bool:
+        return layer.masked is not None and goal > layer.masked and self._is_fast(layer)
+
+    def _move_layers(self, moves: Sequence[tuple[Layer, int]], state_of: StateOf) -> None:
+        competitions: dict[str, Competition] = {}
+        for layer, goal in moves:
+            if self._grows_fast(layer, goal):
+                hint = self._hints.get(layer.target.name)
+                ready = self.layers.to_drop([layer], goal - (layer.masked or 0), hint, state_of)
+                if ready is not None:
+                    competitions[layer.target.name] = ready
+        done = dict(zip(competitions, drop(list(competitions.values())), strict=True))
+        for layer, goal in moves:
+            name = layer.target.name
+            dropped = done.get(name)
+            if dropped is not None:
+                self.layers.dropped([layer], competitions[name], state_of)
+                self._hints[name] = dropped.hint
+                layer.masked = goal
+            else:
+                self._move_layer(layer, goal, state_of)
+
     def _move_layer(self, layer: Layer, goal: int, state_of: StateOf) -> None:
+        """The plain way, and the twin of the compiled one."""
         name = layer.target.name
         need = goal - layer.masked if layer.masked is not None else 0
+        self.layers.apply(layer, state_of)
         if need > 0 and self._is_fast(layer):
             kept = self.layers.units(layer).reshape(-1)
             found = self._survey([self.layers.flat_scores(layer)], [kept], need, self._hints.get(name))
@@ -101,33 +139,48 @@ class Mover:
             raise
 
     def _move_global(self, fraction: Fraction, round_to: int | None, state_of: StateOf) -> dict[str, bool | Tensor]:
-        for layer in self.layers.values():
-            self.layers.apply(layer, state_of)
         layers = [layer for layer in self.layers.values() if not self._is_frozen(layer)]
-        if not layers:
-            return {}
         goal = max(count(fraction, sum(la.n_units for la in layers)), sum(la.floor for la in layers))
         now = [layer.masked for layer in layers]
         known = [n for n in now if n is not None]
-        fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
-        if (goal, round_to, len(layers)) == self.pooled:
-            return {}
-        self.pooled = (goal, round_to, len(layers))
-        if not fast or goal < sum(known) or round_to is not None:
-            return self._select_global(layers, goal, round_to, state_of)
         need = goal - sum(known)
-        if not need:
+        fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
+        fast = fast and need >= 0 and round_to is None
+        goes_on = bool(layers) and (goal, round_to, len(layers)) != self.pooled
+        if layers:
+            self.pooled = (goal, round_to, len(layers))
+        ready, done = None, None
+        if goes_on and fast and need:
+            ready = self.layers.to_drop(layers, need, self._hints.get(""), state_of)
+        if ready is not None:
+            (done,) = drop([ready])
+        for layer in self.layers.values():
+            if done is None or self._is_frozen(layer):  # the others have been masked on the way
+                self.layers.apply(layer, state_of)
+        if not goes_on or (fast and not need):
             return {}
+        if not fast:
+            return self._select_global(layers, goal, round_to, state_of)
+        if ready is not None and done is not None:
+            self.layers.dropped(layers, ready, state_of)
+            counts, self._hints[""] = done.counts, done.hint
+        else:
+            counts = self._drop_global(layers, need, state_of)
+        for layer, here in zip(layers, counts, strict=True):
+            layer.masked = (layer.masked or 0) + here
+        return {layer.target.name: True for layer, here in zip(layers, counts, strict=True) if here}
+
+    def _drop_global(self, layers: Sequence[Layer], need: int, state_of: StateOf) -> list[int]:
+        """The twin of the compiled way."""
         kept = [self.layers.units(layer).reshape(-1) for layer in layers]
         found = self._survey([self.layers.flat_scores(layer) for layer in layers], kept, need, self._hints.get(""))
         counts, threshold = pooled_counts(need, [c.n_settled for c in found], [c.scores for c in found])
         for layer, candidates, here in zip(layers, found, counts, strict=True):
             if here:
                 self.layers.drop(layer, candidates, here, state_of)
-                layer.masked = (layer.masked or 0) + here
         left = sum(c.n_settled + len(c.scores) for c in found) - need
         self._hints[""] = hint_after(found[0].upper, threshold, left)
-        return {layer.target.name: True for layer, here in zip(layers, counts, strict=True) if here}
+        return counts
 
     def _select_global(
         self, layers: Sequence[Layer], goal: int, round_to: int | None, state_of: StateOf

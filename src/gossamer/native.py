@@ -78,6 +78,37 @@ class Run(ctypes.Structure):
     )
 
 
+class Sweep(ctypes.Structure):
+    """The weights or the scores of a layer, and their mask, as in src/native/gossamer.h."""
+
+    _fields_ = (
+        ("keep", c_void_p),
+        ("n", c_int64),
+        ("n_kept", c_int64),
+        ("tensors", POINTER(c_void_p)),
+        ("sizes", POINTER(c_int32)),
+        ("n_tensors", c_int32),
+        ("kind", c_int32),
+        ("scores", c_void_p),
+        ("n_masked", c_int64),
+    )
+
+
+class Group(ctypes.Structure):
+    """Layers that compete for what is to be masked, as in src/native/gossamer.h."""
+
+    _fields_ = (
+        ("layers", POINTER(Sweep)),
+        ("n_layers", c_int64),
+        ("need", c_int64),
+        ("hint", c_double),
+        ("threshold", c_double),
+        ("upper", c_double),
+        ("left", c_int64),
+        ("failed", c_int32),
+    )
+
+
 _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_isa", c_char_p, (c_int32,)),
     ("gossamer_layer_new", c_void_p, (c_void_p, c_void_p, c_void_p)),
@@ -93,6 +124,8 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_count_gaps", c_int64, (c_void_p, c_int64, POINTER(c_int64))),
     ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),
     ("gossamer_expand_gaps", c_int32, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32)),
+    ("gossamer_zero", c_int32, (POINTER(Sweep), c_int32, c_int32)),
+    ("gossamer_drop", None, (POINTER(Group), c_int64, c_int32, c_int32)),
 )
 
 

@@ -87,4 +87,32 @@ GOSSAMER_API int32_t gossamer_run(const GossamerRun*);
 // Bytes of the second-level cache.
 GOSSAMER_API int64_t gossamer_cache();
 
-// storage: see codec.cpp
+// Selection (select.cpp): the weights of a layer, or scores of its units, and the mask that belongs to them.
+struct GossamerSweep {
+  uint8_t* keep;         // the mask, n bytes of 0 or 1
+  int64_t n, n_kept;     // n_kept: how many of them are 1
+  void* const* tensors;  // of n elements, to be zero where the mask is 0
+  const int32_t* sizes;  // of their elements: 1, 2, 4 or 8 bytes
+  int32_t n_tensors;
+  int32_t kind;        // scores are the magnitudes of 0 float16, 1 bfloat16, 2 float32, 3 float64; or 4 float32, 5 float64
+  const void* scores;  // n of these; may be one of the tensors
+  int64_t n_masked;    // out: how many more are masked now
+};
+
+// Gives 1 where an argument is none of those above, 2 where memory is short. isa: as for gossamer_isa.
+GOSSAMER_API int32_t gossamer_zero(const GossamerSweep*, int32_t threads, int32_t isa);
+// Layers that compete for what is to be masked.
+struct GossamerGroup {
+  GossamerSweep* layers;  // which compete
+  int64_t n_layers;
+  int64_t need;      // at least 1
+  double hint;       // a score that the needed ones probably lie below, or nan
+  double threshold;  // out: the highest score that went; nan where that is not known
+  double upper;      // out: the upper end of the bracket that was looked at
+  int64_t left;      // out: how many kept scores were left in it
+  int32_t failed;    // out: 1 where an argument is none of those above, 2 where memory is short, 3 where there are fewer
+                     // kept scores that are numbers; no mask was changed then
+};
+
+// Masks in each group the `need` lowest kept scores (ties in the order of layers and positions), and zeroes.
+GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa);

@@ -270,3 +270,100 @@ def test_no_access_outside_and_nothing_undefined(tmp_path: Path) -> None:
     assert "150 rounds" in done.stdout
     ways = {"depthwise", "in place", "tile", "tile of several", "tokens"}
     assert set(done.stdout.split(", ")[2:]) == ways, done.stdout
+
+
+_SELECT_DRIVER = r"""
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+#include "gossamer.h"
+int main() {
+  std::mt19937 r(0);
+  auto in = [&](int a, int b) { return a + int(r() % unsigned(b - a + 1)); };
+  const double odd[] = {0, -0.0, INFINITY, -INFINITY, NAN, 1e-45, -1, 1e39, -1e39};
+  const int32_t sizes[] = {2, 2, 4, 8, 4, 8};
+  int n_isas = 0, n = 0;
+  for (; n < 600; n++) {
+    const int n_layers = in(1, 3), isa = n % 4;
+    std::vector<std::vector<uint8_t>> scores(n_layers), keep(n_layers), other(n_layers);
+    std::vector<std::vector<void*>> tensors(n_layers);
+    std::vector<std::vector<int32_t>> widths(n_layers);
+    std::vector<GossamerSweep> layers(n_layers);
+    int64_t kept = 0;
+    for (int l = 0; l < n_layers; l++) {
+      const int kind = in(0, 5), size = in(0, 9) ? in(0, 300) : in(30000, 70000), width = 1 << in(0, 3);
+      scores[l].resize(size_t(size) * sizes[kind]);
+      for (auto& b : scores[l]) b = uint8_t(r());
+      keep[l].resize(size);
+      for (auto& k : keep[l]) k = in(0, 2) > 0;
+      other[l].resize(size_t(size) * width);
+      tensors[l] = {scores[l].data(), other[l].data()};
+      widths[l] = {sizes[kind], width};
+      int64_t here = 0;
+      for (uint8_t k : keep[l]) here += k;
+      kept += here;
+      layers[l] = {keep[l].data(), size, here, tensors[l].data(), widths[l].data(), 2, kind, scores[l].data(), 0};
+    }
+    const double hint = in(0, 1) ? odd[in(0, 8)] : double(in(-100, 100)) / 7;
+    GossamerGroup group{layers.data(), n_layers, 1 + int64_t(r() % unsigned(kept + 1)), hint, 0, 0, 0, 0};
+    gossamer_drop(&group, 1, in(1, 3), isa);
+    int64_t left = 0, masked = 0;
+    for (int l = 0; l < n_layers; l++) {
+      for (uint8_t k : keep[l]) left += k;
+      masked += layers[l].n_masked;
+      for (size_t i = 0; i < keep[l].size(); i++)
+        for (int b = 0; b < widths[l][0]; b++)
+          if (!keep[l][i] && group.failed == 0 && scores[l][i * widths[l][0] + b]) return std::printf("not zero\n"), 1;
+    }
+    if (group.failed == 0 && (kept - left != group.need || masked != group.need)) return std::printf("not exact\n"), 1;
+    if (group.failed == 3 && kept != left) return std::printf("masks have changed\n"), 1;
+    if (gossamer_isa(isa) && group.failed != 0 && group.failed != 3) return std::printf("failed\n"), 1;
+    gossamer_zero(&layers[0], in(1, 3), 0);
+  }
+  while (gossamer_isa(n_isas)) n_isas++;
+  std::printf("%d selections, %d instruction sets\n", n, n_isas);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' run time is looked for on Linux")
+def test_selection_stays_inside_and_is_exact_on_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / "driver.cpp").write_text(_SELECT_DRIVER)
+    common = ["c++", "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    common += [f"-I{_SOURCES}", "-c"]
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    # Which instruction sets there are, the engine says; here a few lines do, so that it need not be compiled again.
+    names = (
+        'extern "C" const char* gossamer_isa(int i) { __builtin_cpu_init(); const char* n[5] = {}; int k = 0; '
+        'if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) n[k++] = "avx512", n[k++] = "avx512_256"; '
+        'if (__builtin_cpu_supports("avx2")) n[k++] = "avx2"; n[k++] = "baseline"; return i < k ? n[i] : nullptr; }'
+        if is_x86
+        else 'extern "C" const char* gossamer_isa(int i) { return i ? nullptr : "baseline"; }'
+    )
+    (tmp_path / "names.cpp").write_text(names)
+    sources = [_SOURCES / "select.cpp", _SOURCES / "pool.cpp", tmp_path / "driver.cpp", tmp_path / "names.cpp"]
+    jobs = [[*common, str(s), "-o", f"{s.stem}.o"] for s in sources]
+    jobs += [
+        [*common, *_FLAGS[isa][1], f"-DGOSSAMER_ISA={isa}", str(_SOURCES / "sweep.cpp"), "-o", f"sweep_{isa}.o"]
+        for isa in (("baseline", "avx2", "avx512") if is_x86 else ("baseline",))
+    ]
+    for job in jobs:
+        subprocess.run(job, cwd=tmp_path, check=True)
+    linked = subprocess.run(
+        ["c++", "-fsanitize=address,undefined", *(job[-1] for job in jobs), "-o", "driver", "-pthread"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if linked.returncode and "san" in linked.stderr:
+        pytest.skip("the compiler has no sanitizers")
+    assert linked.returncode == 0, linked.stderr
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "600 selections" in done.stdout

@@ -39,6 +39,8 @@ class Criterion:
             parameter without a default is named after the evidence it wants (see `EVIDENCE`).
         name: what messages call it; the function's own name if not given.
         elementwise: whether each score depends on its own position only, so that it may be computed piece by piece.
+        magnitude: whether the score is the absolute value of the one evidence that it needs, and nothing else, so that
+            it may be read off the bits.
 
     Raises:
         ArgumentError: no function, or one that asks for evidence that does not exist.
@@ -52,6 +54,7 @@ class Criterion:
     func: Callable[..., Tensor]
     name: str = ""
     elementwise: bool = False
+    magnitude: bool = False
     needs: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ class Criterion:
         # A registered one hides its function from pickle behind its own name, so it travels by that name.
         if CRITERIA.get(self.name) is self:
             return as_criterion, (self.name,)
-        return Criterion, (self.func, self.name, self.elementwise)
+        return Criterion, (self.func, self.name, self.elementwise, self.magnitude)
 
     def score(self, evidence: dict[str, Tensor]) -> Tensor:
         """Scores from a dict that holds at least what the criterion needs.
@@ -161,9 +164,13 @@ def as_criterion(criterion: Criterion | str | Callable[..., Tensor]) -> Criterio
     return Criterion(criterion)
 
 
-def _elementwise(func: Callable[..., Tensor]) -> Criterion:
+def _elementwise(func: Callable[..., Tensor], magnitude: bool = False) -> Criterion:
     name = func.__name__
-    return CRITERIA.register(name, Criterion(func, name=name, elementwise=True))
+    return CRITERIA.register(name, Criterion(func, name=name, elementwise=True, magnitude=magnitude))
+
+
+def _magnitude(func: Callable[..., Tensor]) -> Criterion:
+    return _elementwise(func, magnitude=True)
 
 
 @_elementwise
@@ -172,13 +179,15 @@ def random(noise: Tensor) -> Tensor:
     return noise
 
 
-@_elementwise
+@_magnitude
 def large_final(weight: Tensor) -> Tensor:
     """|w|: keep the large weights (Han et al. 2015; Zhou et al. 2019, arXiv:1905.01067)."""
     return weight.abs()
 
 
-magnitude = CRITERIA.register("magnitude", Criterion(large_final.func, name="magnitude", elementwise=True))
+magnitude = CRITERIA.register(
+    "magnitude", Criterion(large_final.func, name="magnitude", elementwise=True, magnitude=True)
+)
 
 
 @_elementwise
@@ -193,7 +202,7 @@ def small_final(weight: Tensor) -> Tensor:
     return weight.abs().neg_()
 
 
-@_elementwise
+@_magnitude
 def large_init(initial: Tensor) -> Tensor:
     """|w₀|: keep the weights that began large (Zhou et al. 2019)."""
     return initial.abs()
