@@ -326,4 +326,3 @@ def test_layers_run_dense_where_little_is_zero() -> None:
     Sparsifier(net).sparsify_model({"0": 20, "1": 80, "2": 20})
     fast = runtime.compile(net, torch.randn(1, 16, 12, 12))
     assert [row.runs for row in fast.explain()] == ["dense", "sparse", "compiled"]
-

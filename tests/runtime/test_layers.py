@@ -130,7 +130,13 @@ def test_layers_of_real_networks_are_those_of_pytorch(row: tuple[Any, ...], isa:
 
 
 # channels, out channels, kernel, stride, padding, height, width
-SMALL = [(7, 9, 3, 1, 1, 7, 7), (7, 9, 3, 2, 1, 5, 6), (5, 6, 1, 1, 0, 3, 3), (5, 6, 1, 2, 0, 4, 4), (3, 4, 3, 1, 1, 1, 1)]
+SMALL = [
+    (7, 9, 3, 1, 1, 7, 7),
+    (7, 9, 3, 2, 1, 5, 6),
+    (5, 6, 1, 1, 0, 3, 3),
+    (5, 6, 1, 2, 0, 4, 4),
+    (3, 4, 3, 1, 1, 1, 1),
+]
 
 
 @needs_library
