@@ -339,7 +339,8 @@ def test_selection_stays_inside_and_is_exact_on_any_bytes(tmp_path: Path) -> Non
     # Which instruction sets there are, the engine says; here a few lines do, so that it need not be compiled again.
     names = (
         'extern "C" const char* gossamer_isa(int i) { __builtin_cpu_init(); const char* n[5] = {}; int k = 0; '
-        'if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) n[k++] = "avx512", n[k++] = "avx512_256"; '
+        'if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) '
+        'n[k++] = "avx512", n[k++] = "avx512_256"; '
         'if (__builtin_cpu_supports("avx2")) n[k++] = "avx2"; n[k++] = "baseline"; return i < k ? n[i] : nullptr; }'
         if is_x86
         else 'extern "C" const char* gossamer_isa(int i) { return i ? nullptr : "baseline"; }'

@@ -100,8 +100,9 @@ def load(path: str | os.PathLike[str]) -> CompiledModel:
 @cache
 def _say_once_that_nothing_is_compiled() -> None:
     warnings.warn(
-        "Gossamer was installed without a C++ compiler, or its compiled part is of another version, so compiled networks "
-        "run in PyTorch, no faster; with a compiler: pip install --force-reinstall --no-cache-dir --no-deps gossamer",
+        "Gossamer was installed without a C++ compiler, or its compiled part is of another version, so compiled "
+        "networks run in PyTorch, no faster; with a compiler: pip install --force-reinstall --no-cache-dir --no-deps "
+        "gossamer",
         GossamerWarning,
         stacklevel=3,
     )
@@ -232,7 +233,7 @@ class CompiledModel(nn.Module):
             if not example.fits(given):
                 got = tuple(given.shape) if isinstance(given, Tensor) else repr(given)
                 raise ArgumentError(
-                    f"input {i} is {got}, and the file was made for {example}; compile and save anew for it"
+                    f"input {i} is {got}, and the file was made for {example}; compile it anew for this"
                 )
 
     def _graph_for(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:

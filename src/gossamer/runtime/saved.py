@@ -299,6 +299,10 @@ class _Reader:
             made = self._node(row)
             if made is not None:
                 self._nodes[row["name"]] = made
+        if [row["op"] for row in rows].count("output") != 1 or rows[-1]["op"] != "output":
+            raise ValueError("its last node is its output")
+        if len(self._nodes) != len(rows) - 1:
+            raise ValueError("nodes of one name")
         graph = GraphModule(self._root, self._graph)
         graph.graph.lint()
         return graph
@@ -320,7 +324,7 @@ class _Reader:
             node.meta["val"] = torch.empty(0)  # so that a plan lists it
             return node
         name = _identifier(row["as"])
-        if not hasattr(self._root, name):
+        if name not in self._root._modules:
             self._root.add_module(name, _operator(row, self._tensors))
         return self._graph.call_module(name, tuple(self._nodes[n] for n in row["in"]))
 
