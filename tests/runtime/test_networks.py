@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from twins import needs_library
 
 from gossamer import Sparsifier, runtime
-from gossamer.runtime import model as runtime_model
+from gossamer.runtime import capture
 from gossamer.runtime.segment import Segment
 
 pytestmark = [needs_library, pytest.mark.filterwarnings("ignore")]  # torch.export's own
@@ -23,7 +23,7 @@ class Once:
 
     def __init__(self) -> None:
         self.made: Any = None
-        self.real = runtime_model.export
+        self.real = capture.export
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.made is None:
@@ -36,7 +36,7 @@ class Once:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_networks_give_what_they_gave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime_model, "export", Once())
+    monkeypatch.setattr(capture, "export", Once())
     model, example = made(name), MODELS[name][1]()
     convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     with torch.no_grad():
