@@ -62,7 +62,8 @@ class Segment(nn.Module):
 
     def copies(self) -> list[str]:
         """Names of the steps that only move values, beside those of the operators."""
-        return [n.name for n in self.graph.graph.nodes if n.op != "call_module"] + [n.name for n in _calls(self.graph)]
+        operators = {str(n.target) for n in _calls(self.graph)}  # which mostly are called as their nodes are
+        return [n.name for n in self.graph.graph.nodes if n.name not in operators]
 
     @property
     def operator(self) -> nn.Module:
