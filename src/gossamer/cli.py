@@ -191,8 +191,7 @@ def _draw(path: str, name: str, found: Comparison) -> None:
 
     from gossamer.plots import plot_bars
 
-    ours = found["gossamer"].ms or 1
-    times = {f"{r.engine} ({r.ms / ours:.2f}×)": r.ms for r in found.rows if r.ms is not None}
+    times = {f"{r.engine} ({r.ratio:.2f}×)": r.ms for r in found.rows if r.ms is not None}
     figure = Figure(figsize=(8, 1.1 + 0.42 * len(times)), layout="constrained")
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     title = f"{Path(name).name}, {', '.join(found.inputs)}, {threads}, {found.sparsity:.1f} % zeros"

@@ -195,5 +195,5 @@ def plot_bars(labels: Sequence[str], values: Sequence[float], unit: str, ax: Axe
     ax.set_yticks(range(len(labels)), list(labels))
     ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
-    ax.set(xlabel=unit, xlim=(0, 1.2 * max(values, default=1)))
+    ax.set(xlabel=unit, xlim=(0, 1.3 * max(values, default=1)))
     return ax

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,7 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
     if elsewhere is not None:
         raise ArgumentError(f"the network is on {elsewhere}, and this is for a CPU; give model.cpu()")
     if native() is None:
-        warnings.warn(
-            "Gossamer was installed without a C++ compiler, so compiled networks run in PyTorch, no faster; install a "
-            "compiler, and Gossamer anew",
-            GossamerWarning,
-            stacklevel=2,
-        )
+        _say_once_that_nothing_is_compiled()
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     return CompiledModel(model, arguments, tune=tune)
 
@@ -97,6 +93,16 @@ def load(path: str | os.PathLike[str]) -> CompiledModel:
     """
     graph, examples = read(path)
     return CompiledModel._of(graph, examples)
+
+
+@cache
+def _say_once_that_nothing_is_compiled() -> None:
+    warnings.warn(
+        "Gossamer was installed without a C++ compiler, or its compiled part is of another version, so compiled networks "
+        "run in PyTorch, no faster; with a compiler: pip install --force-reinstall --no-cache-dir --no-deps gossamer",
+        GossamerWarning,
+        stacklevel=3,
+    )
 
 
 class CompiledModel(nn.Module):
