@@ -187,7 +187,6 @@ def test_export_writes_onnx_and_says_how_far_it_is_off(program: Path, capsys: py
     assert second.startswith("onnxruntime's outputs differ from PyTorch's by at most ")
 
 
-@pytest.mark.skipif(not hasattr(runtime, "load"), reason="compiled networks cannot be saved yet")
 def test_bench_and_export_take_a_compiled_networks_file(program: Path, capsys: pytest.CaptureFixture[str]) -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     gossamer.Sparsifier(net).sparsify_model(80)
