@@ -165,7 +165,7 @@ def test_bench_as_json_is_json_alone(program: Path, capsys: pytest.CaptureFixtur
     [
         (["bench", "nowhere.gossamer"], "no file that is there, and not of the form module:factory"),
         (["bench", "cli_networks:network", "--engines", "onnx"], "Closest: onnxruntime"),
-        (["bench", "cli_networks:network", "--plot", "bench.gif"], "no picture ends so"),
+        (["bench", "cli_networks:network", "--plot", "bench.xyz"], "no picture ends so"),
         (["bench", "cli_networks:network", "--plot", "nowhere/bench.png"], "there is no folder 'nowhere'"),
         (["export", "cli_networks:network", "--onnx", "nowhere/net.onnx"], "no place for a file"),
         (["export", "torch.nn:ReLU", "--onnx", "net.onnx"], "say what goes in with --shape"),
