@@ -144,7 +144,7 @@ def test_bench_prints_a_table_and_draws_it(program: Path, capsys: pytest.Capture
     assert main([*words, "--plot", "bench.png"]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[1].startswith("cli_networks:network: float32 1×3×10×10; 1 thread; 80.00 % zeros; ")
+    assert lines[1].startswith("cli_networks:network: float32 1×3×10×10; 1 thread; 80.05 % zeros; ")
     assert [line.split()[0] for line in lines[6:9]] == ["eager", "onnxruntime", "gossamer"]
     assert "preparing onnxruntime" in printed.err
     with Image.open(program / "bench.png") as picture:
