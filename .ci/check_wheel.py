@@ -1,4 +1,4 @@
-"""Loads the compiled library out of the installed package and calls it. Needs no torch, so an empty environment will do."""
+"""Loads the compiled library of the installed package and calls it, in an environment that may be empty of torch."""
 
 from __future__ import annotations
 

@@ -208,7 +208,8 @@ def _draw(path: Path, uniform: SparsifyCallback, per_layer: SparsifyCallback, pa
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 10), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(3, 1))
+    upper, lower = halves
     bars = lower.subplots(1, 1 + len(paid[0].ms))
     labels = [f"{p.run.split(',')[0]}, {p.engine}" for p in paid]
     plot_bars(labels, [p.nbytes / 1e6 for p in paid], "MB", bars[0]).set_title("the file", loc="left")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.fx import GraphModule
 
 from gossamer.errors import ArgumentError, StateError, first_line
 from gossamer.outputs import difference
@@ -74,7 +75,7 @@ def export_onnx(
     missing = [name for name in ("onnx", "onnxscript") if not _is_installed(name)]
     if missing:
         raise ArgumentError(f"writing ONNX needs {' and '.join(missing)}; install with: pip install onnx onnxscript")
-    if model.training:
+    if model.training and not isinstance(model, GraphModule):  # a captured graph keeps the flag, and is what it is
         raise ArgumentError("the network is in training mode; export model.eval()")
     path, args = Path(path), example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if path.is_dir() or not path.parent.is_dir():

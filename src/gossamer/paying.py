@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,10 +90,9 @@ def pay(
 
 def _times(networks: Mapping[str, nn.Module], first: str, x: Tensor, rounds: int) -> dict[str, float]:
     last = x.contiguous(memory_format=torch.channels_last)
-    jobs = {run: (lambda net=net: seconds(lambda: net(x))) for run, net in networks.items()}
-    jobs["channels last"] = lambda: seconds(
-        lambda: networks[first](last)
-    )  # its output and all between follow the input
+    calls = {run: (net, x) for run, net in networks.items()}
+    calls["channels last"] = (networks[first], last)  # its output and all between follow the input
+    jobs = {run: partial(seconds, partial(net, given)) for run, (net, given) in calls.items()}
     found = alternating(rounds, jobs, warmup=0)
     ms = {run: 1e3 * statistics.median(times) for run, times in found.items()}
     ms[first] = min(ms[first], ms.pop("channels last"))

@@ -286,6 +286,12 @@ int32_t groups_for(const GossamerPlan& p, int32_t threads, int64_t tiles) {
 // Each channel by itself: its plane is copied, padded and taken apart by phases, and each weight meets all of it.
 void plan_planes(GossamerPlan& p, const Phases& phases) {
   const int32_t lanes = p.kernels->lanes, kw = p.layer->s.kw;
+  const Shape& s = p.layer->s;
+  // Of two phases half of what is copied would not be met again; of one, all is, and a mask costs more than a copy.
+  if (p.kernels->plane_in_place && s.sx == 2 && s.kh * s.kw <= 64) {
+    for (int32_t place : p.layer->places)
+      p.taps.insert(p.taps.end(), {place / kw * s.dy - s.py, place % kw * s.dx - s.px});
+  }
   p.plane_pitch = int32_t(up(p.out_width + phases.x_last - p.x_first, lanes)) * lanes;
   const int64_t rows = p.out_height + p.n_dy - 1;
   for (int32_t place : p.layer->places) {

@@ -68,6 +68,7 @@ struct GossamerPlan {
   // Depthwise: each channel meets one input channel, by weights at these offsets.
   int32_t n_phases, plane_pitch;
   std::vector<int32_t> plane_offsets;
+  std::vector<int32_t> taps;  // in place: (row, column) that each weight meets
 
   int32_t vectors() const { return row_vectors * rows; }
   int32_t pitch() const { return row_vectors * kernels->lanes; }

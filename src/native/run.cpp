@@ -91,13 +91,21 @@ void run_plane(const Run& run, int64_t item) {
   const GossamerPlan& p = *run.step.plan;
   const auto& s = p.layer->s;
   static thread_local Scratch planes;
-  const int64_t image = item / s.out, rows = p.out_height + p.n_dy - 1;
-  const int32_t o = int32_t(item % s.out), c = o / (s.out / s.groups);
+  const int64_t image = item / s.out, rows = p.out_height + p.n_dy - 1, first = p.layer->starts[item % s.out];
+  const int32_t o = int32_t(item % s.out), c = o / (s.out / s.groups), n = int32_t(p.layer->starts[o + 1] - first);
+  Writer write = writer(run, image, 0);
+  write.rows = p.out_height;
+  write.columns = p.out_width;
+  if (!p.taps.empty()) {
+    const float* weights = p.layer->values.data() + first;
+    return p.kernels->plane_in_place({at(run.a, image, c), weights, p.taps.data() + 2 * first, n, p.height, p.width, s.sy,
+                                      s.sx, o, write});
+  }
   // Behind the last row, what the kernel reads of rows and columns that it does not write.
   const int64_t floats = (p.n_phases * rows + 4) * p.plane_pitch + 8 * p.kernels->lanes;
   float* to = planes.at_least(floats);
-  std::memset(to, 0, size_t(floats) * sizeof(float));
   Copy copy = copy_of(run, image);
+  copy.fill = 1;
   copy.to = to;
   copy.planes = p.planes.data() + 3 * int64_t(c) * p.n_phases;
   copy.n_planes = p.n_phases;
@@ -106,17 +114,14 @@ void run_plane(const Run& run, int64_t item) {
   copy.rows = int32_t(rows);
   copy.columns = copy.pitch = p.plane_pitch;
   p.kernels->copy(copy);
-  const int64_t first = p.layer->starts[o];
   Plane a{};
   a.x = to;
   a.weights = p.layer->values.data() + first;
   a.offsets = p.plane_offsets.data() + first;
-  a.n = int32_t(p.layer->starts[o + 1] - first);
+  a.n = n;
   a.pitch = p.plane_pitch;
   a.channel = o;
-  a.write = writer(run, image, 0);
-  a.write.rows = p.out_height;
-  a.write.columns = p.out_width;
+  a.write = write;
   p.kernels->plane(a);
 }
 

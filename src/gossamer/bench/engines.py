@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.bench.machine import is_installed, version
+from gossamer.errors import StateError
 from gossamer.export import export_onnx, hushed
 from gossamer.runtime import CompiledModel
+from gossamer.storage.files import save
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ def _inductor(job: Job) -> Engine:
 
 
 def _gossamer(job: Job) -> Engine:
-    path = job.fast.save(job.folder / "model.gossamer")
+    try:
+        path = job.fast.save(job.folder / "model.gossamer")
+    except StateError:  # its layers run one by one, in its own code
+        path = save(job.model, job.folder / "model.safetensors")
     return Engine(str(version("gossamer")), lambda: job.fast(*job.examples), path.stat().st_size)
 
 

@@ -46,7 +46,7 @@ constexpr uint32_t FIRST = 1u << 31, LAST = 1u << 30;  // of the blocks that a c
 // How the planes of a block come out of the input.
 struct Copy {
   const float* in;        // the tile's first image
-  float* to;              // the block, aligned; what is not copied is zero already
+  float* to;              // the block, aligned; what is not copied is zero already, or else with `fill` made so
   const int32_t* planes;  // channel, row phase, column phase of each
   View view;              // of the input
   int32_t n_planes, height, width;  // of the input
@@ -54,6 +54,7 @@ struct Copy {
   int32_t y, x;              // of the block's first pixel, in the coordinates of a phase; may lie outside
   int32_t images, image_pitch;  // side by side in a row of the block
   int32_t rows, columns, pitch;  // of a plane in the block; columns are those that an image may fill
+  int32_t fill;              // whole rows, of one image
 };
 
 // One channel of a depthwise convolution: a few weights, each of which meets the whole plane.
@@ -64,6 +65,15 @@ struct Plane {
   int32_t n, pitch;        // of the planes
   int32_t channel;
   Writer write;            // rows and columns are the output's
+};
+
+// The same where the plane is read as it lies, with masks at its edges.
+struct PlaneInPlace {
+  const float *in, *weights;
+  const int32_t* taps;     // (row, column) of the pixel that each weight meets, from the output's times the stride
+  int32_t n, height, width, stride_y, stride_x;
+  int32_t channel;
+  Writer write;
 };
 
 // The largest of each window of one plane.
@@ -110,6 +120,7 @@ struct Kernels {
   void (*rows)(int32_t vectors, const Rows&);
   void (*copy)(const Copy&);
   void (*plane)(const Plane&);
+  void (*plane_in_place)(const PlaneInPlace&);  // null where there are no masks; of stride 2 along rows
   void (*max_pool)(const Pool&);
   void (*tokens)(const Tokens&);
   void (*add)(const Elements&);

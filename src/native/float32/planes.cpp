@@ -51,6 +51,76 @@ struct Planed {
 
 void plane(const Plane& a) { by_activation<Planed>(a.write.activation, a); }
 
+#if defined(__AVX512VL__)
+// Lanes l with 0 <= first + l < width.
+INLINE uint32_t lanes_inside(int32_t first, int32_t width) {
+  const int32_t low = first < 0 ? -first : 0, high = width - first < L ? width - first : L;
+  return low >= high ? 0 : ((1u << high) - 1) & ~((1u << low) - 1);
+}
+
+// Four rows of a plane at once, L columns of each.
+template <int KIND>
+struct PlanedInPlace {
+  static INLINE void of(const PlaneInPlace& a) {
+    constexpr int N = 4, MOST = 64;
+    const Writer& w = a.write;
+    const V bias = all(w.bias ? w.bias[a.channel] : 0.0f);
+    float* out = w.out + a.channel * w.view.channel;
+    const float* more = w.residual ? w.residual + a.channel * w.residual_view.channel : nullptr;
+    for (int32_t first = 0; first < w.columns; first += L) {
+      const int32_t n = w.columns - first < L ? w.columns - first : L;
+      uint32_t inside[MOST][2];
+      for (int32_t i = 0; i < a.n; i++) {
+        const int32_t column = first * 2 + a.taps[2 * i + 1];
+        inside[i][0] = lanes_inside(column, a.width);
+        inside[i][1] = lanes_inside(column + L, a.width);
+      }
+      for (int32_t row = 0; row < w.rows; row += N) {
+        V sum[N];
+#pragma GCC unroll 4
+        for (int t = 0; t < N; t++) sum[t] = bias;
+        for (int32_t i = 0; i < a.n; i++) {
+          const V weight = all(a.weights[i]);
+          const int32_t column = first * 2 + a.taps[2 * i + 1];
+          const int32_t top = row * a.stride_y + a.taps[2 * i];
+          if (top >= 0 && top + (N - 1) * a.stride_y < a.height) {
+            const float* x = a.in + int64_t(top) * a.width + column;
+            const int64_t apart = int64_t(a.stride_y) * a.width;
+#pragma GCC unroll 4
+            for (int t = 0; t < N; t++) {
+              const float* from = x + t * apart;
+              sum[t] += weight * every_second(load_some(from, inside[i][0]), load_some(from + L, inside[i][1]));
+            }
+            continue;
+          }
+          for (int t = 0; t < N; t++) {
+            const int32_t y = top + t * a.stride_y;
+            const uint32_t there = y >= 0 && y < a.height ? ~0u : 0;
+            const float* x = a.in + int64_t(y) * a.width + column;
+            sum[t] += weight * every_second(load_some(x, inside[i][0] & there), load_some(x + L, inside[i][1] & there));
+          }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < N; t++) {
+          if (row + t >= w.rows) break;
+          const int64_t here = int64_t(row + t) * w.pitch + first;
+          const V rest = more ? load_few(more + here, n) : V{};
+          V v = sum[t];
+          if (more && !w.add_last) v += rest;
+          v = activated<KIND>(v);
+          if (more && w.add_last) v += rest;
+          store_few(out + here, v, n);
+        }
+      }
+    }
+  }
+};
+
+void plane_in_place(const PlaneInPlace& a) { by_activation<PlanedInPlace>(a.write.activation, a); }
+#else
+void (*const plane_in_place)(const PlaneInPlace&) = nullptr;
+#endif
+
 // As torch has it: nan is larger than anything.
 INLINE V larger(V a, V b) { return pick((a > b) | (a != a), a, b); }
 
@@ -216,8 +286,8 @@ void multiply(const float* x, int64_t n, float* result) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {GOSSAMER_QUOTED(GOSSAMER_ISA), L, LONGEST, rows, copy, plane, max_pool, tokens, add, scale, sum,
-                         turn, multiply};
+const Kernels kernels = {GOSSAMER_QUOTED(GOSSAMER_ISA), L, LONGEST, rows, copy, plane, plane_in_place,
+                         max_pool, tokens, add, scale, sum, turn, multiply};
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer

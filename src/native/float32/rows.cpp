@@ -133,6 +133,11 @@ void dispatch(int32_t vectors, const Rows& a) {
   if constexpr (T > 1) dispatch<T - 1>(vectors, a);
 }
 
+// Whole vectors, from the one that holds `from` to the one before `to`.
+INLINE void zero(float* row, int32_t from, int32_t to) {
+  for (int32_t i = from / L * L; i < to; i += L) store(row + i, V{});
+}
+
 INLINE void copy_row(float* to, const float* from, int32_t n, int32_t stride) {
   int32_t i = 0;
   if (stride == 1) {
@@ -162,6 +167,13 @@ void copy(const Copy& c) {
     const int32_t from = c.x < 0 ? -c.x : 0, end = inside - c.x < c.columns ? inside - c.x : c.columns;
     const int32_t high = (c.height - phase_y + c.stride_y - 1) / c.stride_y;
     const int32_t top = c.y < 0 ? -c.y : 0, bottom = high - c.y < c.rows ? high - c.y : c.rows;
+    if (c.fill) {
+      for (int32_t r = 0; r < c.rows; r++) {
+        const bool is_inside = r >= top && r < bottom && from < end;
+        zero(to + int64_t(r) * c.pitch, 0, is_inside ? from : c.pitch);
+        if (is_inside) zero(to + int64_t(r) * c.pitch, end, c.pitch);
+      }
+    }
     if (from >= end) continue;
     for (int32_t r = top; r < bottom; r++) {
       const int64_t y = int64_t(c.y + r) * c.stride_y + phase_y, x = int64_t(c.x + from) * c.stride_x + phase_x;

@@ -41,9 +41,8 @@ INLINE V shifted(V before, V v) {
 #endif
 }
 
-// Of 2L floats; there must be as many.
-INLINE V every_second(const float* from) {
-  const V a = load(from), b = load(from + L);
+// Of two vectors that follow each other.
+INLINE V every_second(V a, V b) {
 #if GOSSAMER_LANES == 16
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #elif GOSSAMER_LANES == 8
@@ -52,6 +51,19 @@ INLINE V every_second(const float* from) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6);
 #endif
 }
+// Of 2L floats; there must be as many.
+INLINE V every_second(const float* from) { return every_second(load(from), load(from + L)); }
+
+#if defined(__AVX512VL__)
+// Those whose bit is set; the others are zero, and not touched.
+INLINE V load_some(const float* p, uint32_t bits) {
+#if GOSSAMER_LANES == 16
+  return (V)_mm512_maskz_loadu_ps(__mmask16(bits), p);
+#else
+  return (V)_mm256_maskz_loadu_ps(__mmask8(bits), p);
+#endif
+}
+#endif
 
 // The first n floats, n <= L; the others are zero, and nothing behind them is touched.
 INLINE V load_few(const float* p, int32_t n) {
