@@ -109,7 +109,11 @@ def narrow(parameter: nn.Parameter, cut: Slice, optimizer: HasState | None = Non
                 entries[key] = cut(value)
         gradient = parameter.grad
         parameter.grad = None
-        parameter.data = cut(parameter.data)
+        smaller = cut(parameter.data)
+        # While a graph of before is alive, autograd hands out its node for the parameter again, with the old shape; it
+        # makes a new one where the type of the data has changed in between.
+        parameter.data = smaller.new_empty(0, dtype=torch.float64 if smaller.dtype != torch.float64 else torch.float32)
+        parameter.data = smaller
         if gradient is not None:
             parameter.grad = cut(gradient)
 

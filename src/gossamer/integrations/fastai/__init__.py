@@ -4,3 +4,4 @@ from gossamer.integrations.fastai.callback import SparsifyCallback as SparsifyCa
 from gossamer.integrations.fastai.followers import KeepSparse as KeepSparse
 from gossamer.integrations.fastai.followers import SparsityMetric as SparsityMetric
 from gossamer.integrations.fastai.saving import SaveSparseModelCallback as SaveSparseModelCallback
+from gossamer.integrations.fastai.pruning import PruneCallback as PruneCallback
