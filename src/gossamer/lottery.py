@@ -6,11 +6,10 @@ al. 2020 (arXiv:1912.05671).
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from gossamer.errors import ArgumentError, StateError, TargetError, closest
 from gossamer.masks import unpack
 from gossamer.plots import plot_lottery
+from gossamer.progress import bar
 from gossamer.rules.allocation import Context, as_context
 from gossamer.rules.criteria import Criterion
 from gossamer.rules.granularity import Granularity
@@ -308,7 +308,7 @@ class TicketSearch:
         before = copy_of(self._sparsifier.model)
         found: list[Comparison] = []
         try:
-            with _bar(progress, len(jobs), 0) as advance:
+            with bar(progress, len(jobs), 0, "training") as advance:
                 for round, kind in jobs:
                     row = self.rows[round]
                     score = row.score if kind == "ticket" else self._control(kind, round, initialise, seed)
@@ -358,7 +358,7 @@ class TicketSearch:
                 put_weights(model, saved.trained)
                 self._rewind, self._masks = saved.rewind, saved.masks
                 self.rows = [TicketRow(**row, _make=self.ticket) for row in saved.rows]
-            with _bar(progress, rounds + 1, len(self.rows)) as advance:
+            with bar(progress, rounds + 1, len(self.rows), "training") as advance:
                 for round in range(len(self.rows), rounds + 1):
                     row = self._round(round)
                     if record is not None:
@@ -441,21 +441,3 @@ class TicketSearch:
             raise ArgumentError(f"there is no round {round!r}; this search has rounds 0 to {len(self._masks) - 1}")
         shapes = {name: mask.shape for name, mask in self._sparsifier.masks.items()}
         put_masks(self._sparsifier, {n: unpack(m, shapes[n], n) for n, m in self._masks[round].items()})
-
-
-@contextlib.contextmanager
-def _bar(progress: bool, total: int, done: int) -> Generator[Callable[[str], None]]:
-    tqdm: Any = None
-    if progress:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-    if tqdm is None:
-        yield lambda _: None
-        return
-    with tqdm(total=total, initial=done, unit="training") as bar:
-
-        def advance(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-
-        yield advance

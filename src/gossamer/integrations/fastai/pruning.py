@@ -213,8 +213,8 @@ class PruneCallback(Traceless):
         for cb in learn.cbs:
             if is_sparsifier(cb) or isinstance(cb, KeepSparse):
                 raise ArgumentError(
-                    f"{type(cb).__name__} holds masks of the filters' present shapes, which pruning changes; prune in a "
-                    "fit of its own, after learn.keep_sparse.release()"
+                    f"{type(cb).__name__} holds masks of the filters' present shapes, which pruning changes; prune in "
+                    "a fit of its own, after learn.keep_sparse.release()"
                 )
             if isinstance(cb, SaveModelCallback) and not cast(Any, cb).every_epoch:
                 raise ArgumentError(
