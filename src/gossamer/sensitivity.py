@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gossamer.errors import ArgumentError, FileError, TargetError, closest
 from gossamer.placing import cheapest, hull_of, percent_of, whole_units
-from gossamer.plots import plot_sensitivity
 from gossamer.progress import bar
 from gossamer.rules.allocation import as_fraction, count
 from gossamer.rules.criteria import Criterion
@@ -143,6 +142,8 @@ class Sensitivity:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draws what each layer costs at each sparsity: a heat map, layers down, sparsities across."""
+        from gossamer.plots import plot_sensitivity
+
         drops = self.drops()
         values = [[drops[layer].get(s, math.nan) for s in self.sparsities] for layer in self.layers]
         return plot_sensitivity(self.layers, self.sparsities, values, ax)

@@ -78,6 +78,11 @@ class Group:
         return [m.name for m in self.members if m.side in (OUT, HEADS)]
 
     @property
+    def filters(self) -> list[Member]:
+        """The members that are filters of a layer (or heads), and not what a layer reads."""
+        return [m for m in self.members if m.side != IN and m.name in self.layers]
+
+    @property
     def n_blocks(self) -> int:
         """How many blocks there are; 1 where units are free."""
         return int(self.blocks.max()) + 1
@@ -142,6 +147,9 @@ class _Reader:
         self.twin, self.graph = twin, graph
         self.modules = dict(twin.named_modules())
         self.names = {module: name for name, module in self.modules.items()}
+        self.order = {name: i for i, name in enumerate(self.modules)}
+        kinds = {type(module).__name__ for module in graph.module2node}
+        self.has_parts = not kinds.isdisjoint(("_SplitOp", "_UnbindOp", "_SliceOp"))
         self.parameters = {p: name for name, p in twin.named_parameters()}
         users: dict[int, set[str]] = {}
         for name, module in twin.named_modules(remove_duplicate=False):
@@ -188,15 +196,20 @@ class _Reader:
         n = int(self.graph.get_out_channels(module))
         items, is_output = self._query(module, range(n))
         places = _merged(items)
-        # A product of two halves, as in a gated unit, couples channels of one layer; one channel asked for alone shows.
-        if any(_merged(self._query(module, [i])[0]) != _of_root(places, i) for i in {0, n // 2, n - 1}):
+        units = list(range(n))
+        # A product of two halves, as in a gated unit, couples channels of one layer; one asked for alone shows it.
+        if self.has_parts and any(_merged(self._query(module, [i])[0]) != _of_root(places, i) for i in {0, n // 2, n - 1}):
             single = [_merged(self._query(module, [i])[0]) for i in range(n)]
             units = _joined([{(place, j) for place, pairs in one.items() for j, _ in pairs} for one in single])
             places = {}
             for root, one in enumerate(single):
                 for place, pairs in one.items():
-                    places.setdefault(place, set()).update((j, units[root]) for j, _ in pairs)
-        members = tuple(self._member(place, sorted(pairs)) for place, pairs in places.items())
+                    places.setdefault(place, set()).update((j, root) for j, _ in pairs)
+        elif any(len({j for j, _ in pairs}) < len(pairs) for pairs in places.values()):
+            single = [{(place, j) for place, pairs in _of_root(places, i).items() for j, _ in pairs} for i in range(n)]
+            units = _joined(single)
+        places = {place: {(j, units[root]) for j, root in pairs} for place, pairs in places.items()}
+        members = tuple(self._member(place, sorted(places[place])) for place in sorted(places, key=self._rank))
         n_units = 1 + max(int(m.unit.max()) for m in members)
         group = Group(members, n_units, torch.zeros(n_units, dtype=torch.int64))
         group = self._with_heads(group)
@@ -207,6 +220,9 @@ class _Reader:
             m.name for m in members if m.side == OUT or (m.side == BOTH and is_depthwise(self.modules.get(m.name)))
         )
         return replace(group, why=why or group.why, layers=layers)
+
+    def _rank(self, place: tuple[str, str]) -> tuple[int, str]:
+        return self.order.get(place[0], len(self.order)), place[1]
 
     def _member(self, place: tuple[str, str], pairs: Sequence[tuple[int, int]]) -> Member:
         index, unit = (torch.tensor([p[i] for p in pairs], dtype=torch.int64) for i in (0, 1))
@@ -221,6 +237,8 @@ class _Reader:
 
     def _why(self, members: Iterable[Member]) -> str:
         for member in members:
+            if int(member.index.max()) >= member.size:
+                return f"what {member.name!r} reads is made of its channels in a way that cannot be followed"
             module = self.modules.get(member.name)
             parameters = self.twin.get_parameter(member.name) if module is None else None
             own = [parameters] if module is None else list(module._parameters.values())

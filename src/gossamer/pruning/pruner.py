@@ -160,10 +160,8 @@ class Pruner:
         for i, group in enumerate(self.groups):
             if not any(n in self.targets for n in group.layers):
                 continue
-            for member in group.members:
-                if member.name in group.layers:
-                    row = self._row(i, group, member, rows.get(member.name))
-                    rows[member.name] = row
+            for member in group.filters:
+                rows[member.name] = self._row(i, group, member, rows.get(member.name))
         order = [n for n, _ in self.model.named_modules() if n in rows]
         sizes = (self._before[0], count_params(self.model), self._before[1], count_macs(self.model, self._inputs))
         return PruningReport(tuple(rows[n] for n in order), *sizes)
@@ -287,8 +285,8 @@ class Pruner:
     def _scores(self, group: Group) -> Tensor:
         """One score a unit: the mean over the weights of all filters that are targets; gone units score 0."""
         first: Tensor | None = None
-        for member in group.members:
-            if member.name not in group.layers or member.name not in self.targets:
+        for member in group.filters:
+            if member.name not in self.targets:
                 continue
             weight = self._weights[member.name]
             evidence = {k: widen(t) for k, t in self._evidence.gather(member.name, weight).items()}

@@ -342,11 +342,10 @@ def _rows(model: nn.Module, plan: _Plan) -> tuple[LayerPruning, ...]:
     modules = dict(model.named_modules())
     rows: dict[str, LayerPruning] = {}
     for group, kept, why in zip(plan.groups, plan.kept, plan.why, strict=True):
-        for member in group.members:
-            module = modules.get(member.name)
-            if member.side == HEADS or member.name not in group.layers:
+        for member in group.filters:
+            if member.side == HEADS:
                 continue
-            assert module is not None
+            module = modules[member.name]
             zero, stays = zero_filters(module), kept[member.unit]
             reasons: list[str] = [str(why[u]) for u in member.unit[zero[member.index] & stays].tolist() if why[u]]
             before = rows.get(member.name)

@@ -73,15 +73,16 @@ class Surgeon:
         return next(g for g in self.groups if g.heads == heads)
 
     def _cut_side(self, name: str, side: str, keep: Tensor, optimizer: HasState | None, also: Any) -> None:
-        modules = dict(self.model.named_modules())
-        if name not in modules:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in self.model.get_submodule(parent)._parameters:
             parameter = self.model.get_parameter(name)
             axis = next(a for a in reversed(range(parameter.ndim)) if parameter.shape[a] > 1)
             narrow(parameter, _along(axis, keep), optimizer, also)
             return
-        for parameter, cut in slices_of(modules[name], side, keep):
+        module = self.model.get_submodule(name)
+        for parameter, cut in slices_of(module, side, keep):
             narrow(parameter, cut, optimizer, also)
-        _write_sizes(modules[name], side, keep)
+        _write_sizes(module, side, keep)
 
 
 def narrow(parameter: nn.Parameter, cut: Slice, optimizer: HasState | None = None, also: Any = lambda *_: None) -> None:
