@@ -113,7 +113,10 @@ def test_grouped_convolutions_and_normalisations_lose_as_many_from_each_block():
     report = pruner.report()
     assert model.conv2.groups == 4
     assert (report["conv1"].asked, report["conv1"].removed) == (6, 4)
-    assert (report["conv2"].asked, report["conv2"].removed) == (10, 8)  # 4 groups and 2, so 4 blocks; 16 is nearest to 14
+    assert (report["conv2"].asked, report["conv2"].removed) == (
+        10,
+        8,
+    )  # 4 groups and 2, so 4 blocks; 16 is nearest to 14
     assert report["conv1"].why == "each of 4 blocks of channels has to lose as many"
     assert tuple(model.conv2.weight.shape) == (16, 3, 3, 3)
     assert report["conv3"].why == "its outputs are the network's"

@@ -198,7 +198,9 @@ class _Reader:
         places = _merged(items)
         units = list(range(n))
         # A product of two halves, as in a gated unit, couples channels of one layer; one asked for alone shows it.
-        if self.has_parts and any(_merged(self._query(module, [i])[0]) != _of_root(places, i) for i in {0, n // 2, n - 1}):
+        if self.has_parts and any(
+            _merged(self._query(module, [i])[0]) != _of_root(places, i) for i in {0, n // 2, n - 1}
+        ):
             single = [_merged(self._query(module, [i])[0]) for i in range(n)]
             units = _joined([{(place, j) for place, pairs in one.items() for j, _ in pairs} for one in single])
             places = {}
