@@ -2,8 +2,8 @@
 
 For every seed a dense ResNet-18 (one input channel, ten classes) is trained on Fashion-MNIST; each pruner gets a copy
 of it, removes the same share of every layer's filters at once, and all are fine-tuned alike: the same batches in the
-same order, the same optimizer, as many epochs. The dense one is fine-tuned too. Speed is measured on 224×224 pixels, all
-networks taking turns. Gossamer, fasterai's Pruner and plain torch-pruning, whichever are installed.
+same order, the same optimizer, as many epochs. The dense one is fine-tuned too. Speed is measured on 224×224 pixels,
+all networks taking turns. Gossamer, fasterai's Pruner and plain torch-pruning, whichever are installed.
 """
 
 from __future__ import annotations
