@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="of the dense training")
     parser.add_argument("--fine-tune", type=int, default=1, help="epochs after pruning")
     parser.add_argument("--train", type=int, metavar="N", help="training images to use; by default all")
+    parser.add_argument("--test", type=int, metavar="N", help="test images to use; by default all")
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int)
@@ -143,8 +144,13 @@ def main() -> None:
     name, train, test = load(options.data)
     if options.train:
         train = (train[0][: options.train], train[1][: options.train])
-    print(f"- data: {name}; {len(train[1]):,} training images used; dense {options.epochs} epochs, then ")
-    print(f"  {options.fine_tune} of fine-tuning for every network; {options.seeds} seeds\n", flush=True)
+    if options.test:
+        test = (test[0][: options.test], test[1][: options.test])
+    print(f"- data: {name}; {len(train[1]):,} training and {len(test[1]):,} test images used")
+    print(
+        f"- epochs: {options.epochs} dense, then {options.fine_tune} for every network; {options.seeds} seeds\n",
+        flush=True,
+    )
     settings = {"data": name, "train": len(train[1]), "epochs": options.epochs, "fine_tune": options.fine_tune}
     results = Results(options.out, settings)
     start = time.perf_counter()

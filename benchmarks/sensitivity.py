@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of the dense training")
     parser.add_argument("--fine-tune", type=int, default=3, help="epochs of each sparse training")
     parser.add_argument("--train", type=int, metavar="N", help="training images to use; by default all")
+    parser.add_argument("--test", type=int, metavar="N", help="test images to use; by default all")
     parser.add_argument("--held-out", type=int, default=2000, metavar="N", help="of these, for the measurement alone")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep every run, and go on from there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the first seed's heat map")
@@ -76,6 +77,8 @@ def main() -> None:
     name, train, test = load(options.data)
     if options.train:
         train = (train[0][: options.train], train[1][: options.train])
+    if options.test:
+        test = (test[0][: options.test], test[1][: options.test])
     held = (train[0][-options.held_out :], train[1][-options.held_out :])
     train = (train[0][: -options.held_out], train[1][: -options.held_out])
     print(f"- data: {name}; {len(train[1]):,} images to train, {len(held[1]):,} to measure")
