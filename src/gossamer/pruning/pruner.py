@@ -18,6 +18,7 @@ from gossamer.pruning.graph import Group, Member, find_groups
 from gossamer.pruning.inputs import as_inputs, outputs_of, twin_of
 from gossamer.pruning.report import LayerPruning, PruningReport, count_macs, count_params, listed
 from gossamer.pruning.surgery import Slice, Surgeon
+from gossamer.pruning.trying import tried
 from gossamer.rules.allocation import Context, as_context, check_round_to, count, global_counts, round_kept
 from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.schedules import Schedule, as_schedule
@@ -102,7 +103,7 @@ class Pruner:
         self.sparsity = sparsity
         self.targets: dict[str, Fraction] = resolve_sparsity(sparsity, wanted)
         groups = [_kept_whole(g, left_out) for g in groups]
-        self.groups = _tried(self.model, groups, inputs, expected, set(self.targets))
+        self.groups = tried(self.model, groups, inputs, expected, set(self.targets))
         self._surgeon = Surgeon(self.model, self.groups)
         self._weights = {n: weight_of(self.model.get_submodule(n)) for g in self.groups for n in g.layers}
         self._evidence = Evidence(self.criterion, self._weights, seed)
@@ -395,48 +396,3 @@ def _kept_whole(group: Group, left_out: set[str]) -> Group:
     if group.why or not found:
         return group
     return replace(group, why=f"{listed(found)} is excluded, and its channels are these")
-
-
-def _tried(
-    model: nn.Module, groups: Sequence[Group], inputs: Sequence[Any], expected: Sequence[Tensor], targets: set[str]
-) -> list[Group]:
-    """The groups, those marked without which the network does not run, or gives outputs of another shape."""
-    touched = [i for i, g in enumerate(groups) if not g.why and not targets.isdisjoint(g.layers)]
-    small = [i for i in touched if groups[i].n_units <= groups[i].n_blocks]
-    tried = [replace(g, why="it has one filter only") if i in small else g for i, g in enumerate(groups)]
-    touched = [i for i in touched if i not in small]
-    if not _why_not(model, tried, touched, inputs, expected):
-        return tried
-    for i in touched:
-        why = _why_not(model, tried, [i], inputs, expected)
-        if why:
-            tried[i] = replace(tried[i], why=why)
-    fine = [i for i in touched if not tried[i].why]
-    why = _why_not(model, tried, fine, inputs, expected)
-    if why:
-        raise ArgumentError(
-            f"{type(model).__name__} cannot be pruned: with fewer channels in all of its layers, {why}; exclude some, "
-            "or give layer_type"
-        )
-    return tried
-
-
-def _why_not(
-    model: nn.Module, groups: Sequence[Group], which: Sequence[int], inputs: Sequence[Any], expected: Sequence[Tensor]
-) -> str:
-    twin = twin_of(model)
-    units: list[Tensor | None] = [None] * len(groups)
-    for i in which:
-        stays = torch.ones(groups[i].n_units, dtype=torch.bool)
-        for block in range(groups[i].n_blocks):
-            stays[torch.nonzero(groups[i].blocks == block)[-1]] = False
-        units[i] = stays
-    try:
-        Surgeon(twin, groups).cut(units)
-        given = outputs_of(twin, inputs)
-    except (ArgumentError, RuntimeError, IndexError) as error:
-        first = str(error.__cause__ or error).strip().splitlines()
-        return f"the network does not run with fewer channels there ({first[0] if first else type(error).__name__})"
-    if [t.shape for t in given] != [t.shape for t in expected]:
-        return "its outputs are the network's"
-    return ""
