@@ -48,6 +48,9 @@ AXIS_WORDS = {
     "s": "the kernel",
 }
 
+TUTORIALS = ("tutorial", "pruning-tutorial", "sensitivity-tutorial")
+"""Notebooks that are executed for their pages."""
+
 pictures: dict[str, bytes] = {}
 
 
@@ -55,13 +58,14 @@ pictures: dict[str, bytes] = {}
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pictures, and the tutorial as a page."""
+    """Adds the pictures, and the tutorials as pages."""
     if not pictures:
         draw_everything()
-    markdown, images, executed = tutorial()
     generated: dict[str, str | bytes] = {f"pictures/{name}": content for name, content in pictures.items()}
-    generated |= {f"pictures/{name}": content for name, content in images.items()}
-    generated |= {"tutorial.md": markdown, "tutorial.ipynb": executed}
+    for name in TUTORIALS:
+        markdown, images, executed = tutorial(name)
+        generated |= {f"pictures/{picture}": content for picture, content in images.items()}
+        generated |= {f"{name}.md": markdown, f"{name}.ipynb": executed}
     for name, content in generated.items():
         old = files.get_file_from_path(name)
         if old is not None:
@@ -331,23 +335,23 @@ def draw_contexts() -> None:
 # -- the tutorial -----------------------------------------------------------------------------------------------------
 
 
-def tutorial() -> tuple[str, dict[str, bytes], str]:
-    """The tutorial as a page, its pictures, and the executed notebook; executed anew when it or the package changed."""
-    source = ROOT / "docs" / "tutorial.ipynb"
+def tutorial(name: str) -> tuple[str, dict[str, bytes], str]:
+    """A tutorial as a page, its pictures, and the executed notebook; executed anew when it or the package changed."""
+    source = ROOT / "docs" / f"{name}.ipynb"
     digest = hashlib.sha256()
     cell_sources = [(cell["cell_type"], cell["source"]) for cell in json.loads(source.read_text())["cells"]]
     digest.update(json.dumps(cell_sources).encode())
     for path in sorted((ROOT / "src" / "gossamer").rglob("*.py")):
         digest.update(path.read_bytes())
-    kept = CACHE / f"tutorial-{digest.hexdigest()[:16]}.ipynb"
+    kept = CACHE / f"{name}-{digest.hexdigest()[:16]}.ipynb"
     if not kept.exists():
         text = execute(source)
         CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob("tutorial-*.ipynb"):
+        for old in CACHE.glob(f"{name}-*.ipynb"):
             old.unlink()
         kept.write_text(text)
     text = kept.read_text()
-    return *as_markdown(json.loads(text)), text
+    return *as_markdown(json.loads(text), name), text
 
 
 def execute(path: Path) -> str:
@@ -380,7 +384,7 @@ def execute(path: Path) -> str:
     return nbformat.writes(notebook)
 
 
-def as_markdown(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+def as_markdown(notebook: dict[str, Any], page: str) -> tuple[str, dict[str, bytes]]:
     """A notebook as Markdown, and its pictures."""
     parts: list[str] = []
     images: dict[str, bytes] = {}
@@ -392,11 +396,11 @@ def as_markdown(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         if cell["cell_type"] != "code" or not text.strip():
             continue
         parts.append(f"```python\n{text}\n```")
-        shown = [part for output in joined(cell["outputs"]) if (part := as_output(output, images))]
+        shown = [part for output in joined(cell["outputs"]) if (part := as_output(output, images, page))]
         if shown:
             parts.append('<div class="output" markdown>\n\n' + "\n\n".join(shown) + "\n\n</div>")
     first, *others = parts
-    link = '[The notebook](tutorial.ipynb){ download="tutorial.ipynb" }, as it was executed for this page.'
+    link = f'[The notebook]({page}.ipynb){{ download="{page}.ipynb" }}, as it was executed for this page.'
     return "\n\n".join([first, link, *others]) + "\n", images
 
 
@@ -409,20 +413,20 @@ def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if result and result[-1]["output_type"] == "stream":
                 text = result.pop()["text"] + text
             output = {"output_type": "stream", "text": text}
-        elif not as_output(output, {}):
+        elif not as_output(output, {}, ""):
             continue
         result.append(output)
     return result
 
 
-def as_output(output: dict[str, Any], images: dict[str, bytes]) -> str:
+def as_output(output: dict[str, Any], images: dict[str, bytes], page: str) -> str:
     """One output of a cell as Markdown; nothing where there is nothing to see."""
     if output["output_type"] == "stream":
         text = re.sub(r"\n\n+", "\n", "".join(output["text"])).strip()
         return f"```text\n{text}\n```" if text.strip() else ""
     data = output.get("data", {})
     if "image/png" in data:
-        name = f"tutorial-{len(images) + 1}.png"
+        name = f"{page}-{len(images) + 1}.png"
         images[name] = base64.b64decode("".join(data["image/png"]))
         width = math.ceil(int.from_bytes(images[name][16:20], "big") / 1.25)
         return f'<img class="picture" src="../pictures/{name}" alt="" width="{width}">'

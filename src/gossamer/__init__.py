@@ -21,6 +21,9 @@ from gossamer.rules.granularity import GRANULARITIES as GRANULARITIES
 from gossamer.rules.granularity import Granularity as Granularity
 from gossamer.rules.schedules import SCHEDULES as SCHEDULES
 from gossamer.rules.schedules import Schedule as Schedule
+from gossamer.sensitivity import LayerSensitivity as LayerSensitivity
+from gossamer.sensitivity import Sensitivity as Sensitivity
+from gossamer.sensitivity import sensitivity as sensitivity
 from gossamer.sparsifier import Sparsifier as Sparsifier
 from gossamer.storage.files import FileContents as FileContents
 from gossamer.storage.files import StoredTensor as StoredTensor
@@ -33,6 +36,10 @@ from gossamer.training import SparseTraining as SparseTraining
 
 _ELSEWHERE = MappingProxyType(
     {
+        "LayerPruning": "gossamer.pruning",
+        "PruneCallback": "gossamer.integrations.fastai",
+        "Pruner": "gossamer.pruning",
+        "PruningReport": "gossamer.pruning",
         "SaveSparseModelCallback": "gossamer.integrations.fastai",
         "SparsifyCallback": "gossamer.integrations.fastai",
         "SparsityMetric": "gossamer.integrations.fastai",
@@ -41,7 +48,10 @@ _ELSEWHERE = MappingProxyType(
         "TicketRun": "gossamer.trials",
         "TicketSearch": "gossamer.search",
         "find_ticket": "gossamer.lottery",
+        "load_pruned": "gossamer.pruning",
         "load_ticket": "gossamer.tickets",
+        "shrink": "gossamer.pruning",
+        "shrink_report": "gossamer.pruning",
     }
 )
 """Names that are found when they are asked for, so that `import gossamer` loads no more than it needs, nor fastai."""

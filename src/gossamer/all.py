@@ -4,9 +4,10 @@ The criterion `random` is not among the names, since it would hide Python's modu
 """
 
 from gossamer.errors import ArgumentError, FileError, GossamerError, GossamerWarning, StateError, TargetError
-from gossamer.integrations.fastai import SaveSparseModelCallback, SparsifyCallback, SparsityMetric
+from gossamer.integrations.fastai import PruneCallback, SaveSparseModelCallback, SparsifyCallback, SparsityMetric
 from gossamer.lottery import find_ticket
-from gossamer.plots import plot_lottery, plot_schedule, plot_sparsity, plot_training
+from gossamer.plots import plot_lottery, plot_schedule, plot_sensitivity, plot_sparsity, plot_training
+from gossamer.pruning import LayerPruning, Pruner, PruningReport, load_pruned, shrink, shrink_report
 from gossamer.report import LayerSparsity, SparsityReport, report
 from gossamer.rules.criteria import (
     CRITERIA,
@@ -29,6 +30,7 @@ from gossamer.rules.criteria import (
 from gossamer.rules.granularity import GRANULARITIES, Granularity
 from gossamer.rules.schedules import SCHEDULES, Schedule, agp, cos, dsd, iterative, lin, one_cycle, one_shot
 from gossamer.search import TicketSearch
+from gossamer.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 from gossamer.sparsifier import Sparsifier
 from gossamer.tickets import Lottery, Ticket, load_ticket
 from gossamer.training import SparseTraining
@@ -44,10 +46,16 @@ __all__ = [
     "GossamerError",
     "GossamerWarning",
     "Granularity",
+    "LayerPruning",
+    "LayerSensitivity",
     "LayerSparsity",
     "Lottery",
+    "PruneCallback",
+    "Pruner",
+    "PruningReport",
     "SaveSparseModelCallback",
     "Schedule",
+    "Sensitivity",
     "SparseTraining",
     "Sparsifier",
     "SparsifyCallback",
@@ -67,6 +75,7 @@ __all__ = [
     "large_init",
     "large_init_large_final",
     "lin",
+    "load_pruned",
     "load_ticket",
     "magnitude",
     "magnitude_increase",
@@ -76,9 +85,13 @@ __all__ = [
     "one_shot",
     "plot_lottery",
     "plot_schedule",
+    "plot_sensitivity",
     "plot_sparsity",
     "plot_training",
     "report",
+    "sensitivity",
+    "shrink",
+    "shrink_report",
     "small_final",
     "small_init",
     "small_init_small_final",

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from gossamer.bar import training_bar
 from gossamer.comparing import KINDS, Comparison, Controls
 from gossamer.errors import ArgumentError, TargetError, closest
 from gossamer.masks import unpack
 from gossamer.plots import plot_lottery
+from gossamer.progress import bar
 from gossamer.search_rates import after_rounds
 from gossamer.search_record import Record, Saved
 from gossamer.sparsifier import Sparsifier
@@ -181,7 +181,7 @@ class TicketSearch:
         before = copy_of(self._sparsifier.model)
         found: list[Comparison] = []
         try:
-            with training_bar(progress, len(jobs)) as advance:
+            with bar(progress, len(jobs), unit="training") as advance:
                 for round, kind in jobs:
                     row = self.rows[round]
                     what = f"{kind} of round {round}, seed {seed}, by {getattr(initialise, '__qualname__', initialise)}"
@@ -247,7 +247,7 @@ class TicketSearch:
                 put_weights(model, saved.trained)
                 self._rewind, self._masks = saved.rewind, saved.masks
                 self.rows = [TicketRow(**row, _make=self.ticket) for row in saved.rows]
-            with training_bar(progress, rounds + 1, len(self.rows)) as advance:
+            with bar(progress, rounds + 1, len(self.rows), unit="training") as advance:
                 for round in range(len(self.rows), rounds + 1):
                     row = self._round(round)
                     if record is not None:

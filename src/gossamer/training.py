@@ -117,13 +117,13 @@ class SparseTraining:
             raise ArgumentError(
                 f"the first argument is a Sparsifier, got {type(sparsifier).__name__}; wrap it: Sparsifier(model)"
             )
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         self.sparsifier = sparsifier
         self.schedule = as_schedule(schedule)
         self.targets = sparsifier.resolve(sparsity, round_to)
         sparsifier.check_weights()
         self.round_to = round_to
-        self.total_steps = self._made_for = _checked_steps(total_steps)
+        self.total_steps = self._made_for = checked_steps(total_steps)
         self.keep_zeros = keep_zeros
         # False where something was masked that no longer is, and is zero still. Empty where nothing was let go.
         self._let_go: dict[str, Tensor] = {}
@@ -215,7 +215,7 @@ class SparseTraining:
         Raises:
             ArgumentError: no positive number of steps, or a target below the zeros that are there.
         """
-        total_steps = _checked_steps(total_steps)
+        total_steps = checked_steps(total_steps)
         self.keep_new_zeros()
         self.stay()
         self.steps_done = 0
@@ -367,7 +367,16 @@ def _example_scores(criterion: Criterion) -> list[float] | None:
         return None
 
 
-def _checked_steps(total_steps: int | None) -> int | None:
+def checked_steps(total_steps: int | None) -> int | None:
+    """A number of optimizer steps, or None.
+
+    Raises:
+        ArgumentError: it is no positive integer.
+
+    Example:
+        >>> checked_steps(3)
+        3
+    """
     if total_steps is None:
         return None
     if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
@@ -383,7 +392,15 @@ def _version(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-def _check_optimizer(optimizer: HasState | None) -> None:
+def check_optimizer(optimizer: HasState | None) -> None:
+    """Makes sure that there is an optimizer, torch's or fastai's, or none.
+
+    Raises:
+        ArgumentError: it is something else.
+
+    Example:
+        >>> check_optimizer(None)
+    """
     if optimizer is None or isinstance(getattr(getattr(optimizer, "opt", optimizer), "state", None), Mapping):
         return
     given = repr(optimizer) if isinstance(optimizer, str) else f"a {type(optimizer).__name__}"
