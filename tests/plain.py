@@ -43,6 +43,19 @@ def split(masked: int, layers: Sequence[Sequence[float]]) -> list[int]:
     return [sum(1 for _, i, _ in ranked if i == layer) for layer in range(len(layers))]
 
 
+def bounded_split(
+    masked: int, layers: Sequence[Sequence[float]], least: Sequence[int], most: Sequence[int]
+) -> list[int]:
+    """The same, where each layer gives at least so many and at most so many."""
+    counts = list(least)
+    ranked = sorted((score, i, j) for i, layer in enumerate(layers) for j, score in enumerate(layer))
+    taken = {(i, j) for i, layer in enumerate(layers) for j in lowest(layer, range(len(layer)), least[i])}
+    for _, i, j in ranked:
+        if sum(counts) < masked and counts[i] < most[i] and (i, j) not in taken:
+            counts[i] += 1
+    return counts
+
+
 def set_integers(weight: Tensor, seed: int = 0) -> None:
     """Small integers: many ties, and every sum of them exact in every dtype."""
     generator = torch.Generator().manual_seed(seed)
