@@ -22,6 +22,19 @@ LAYERS = {
 """One small layer of every type that can be made sparse, with axes of different lengths where it can."""
 
 
+def input_for(layer: nn.Module, n: int = 2) -> Tensor:
+    """A small batch that fits a layer: integers, the same each time."""
+    generator = torch.Generator().manual_seed(7)
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(0, layer.num_embeddings, (n, 3), generator=generator)
+    shape = (
+        [layer.in_features]
+        if isinstance(layer, nn.Linear)
+        else [layer.in_channels, *(k + 1 for k in layer.kernel_size)]
+    )
+    return torch.randint(-1, 2, (n, *shape), generator=generator).to(layer.weight.dtype)
+
+
 def lowest(scores: Sequence[float], among: Sequence[int], n: int) -> list[int]:
     """The n positions of the lowest scores, ties by position."""
     return sorted(among, key=lambda i: (scores[i], i))[:n]

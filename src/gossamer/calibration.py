@@ -6,7 +6,7 @@ Nothing stays behind: hooks are taken off, the mode, buffers, gradients and rand
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,7 +114,7 @@ def _inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, evaluate: bool) -> Iterator[None]:
+def undisturbed(model: nn.Module, evaluate: bool) -> Generator[None]:
     """Lets a network run, and leaves its mode, its buffers and the random numbers as they were.
 
     Args:
@@ -145,7 +145,7 @@ def undisturbed(model: nn.Module, evaluate: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _wanting_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+def _wanting_gradients(weights: Sequence[nn.Parameter]) -> Generator[None]:
     frozen = [w for w in weights if not w.requires_grad]
     try:
         for weight in frozen:
@@ -271,7 +271,7 @@ def hessian_gradients(calibration: Calibration, targets: Sequence[Target]) -> Ga
             if not product.requires_grad:  # a loss of straight lines, whose Hessian is 0
                 n += 1
                 continue
-            second = torch.autograd.grad(product.sum(), weights, allow_unused=True)
+            second: Any = torch.autograd.grad(product.sum(), weights, allow_unused=True)
             _add(sums, [torch.zeros_like(w) if g is None else g for g, w in zip(second, weights, strict=True)])
             n += 1
     return {t.name: _mean_over_ranks(s / n) for t, s in zip(targets, sums, strict=True)}
@@ -299,7 +299,8 @@ def flows(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
     leaves = [state[name].requires_grad_(True) for name in mine]
 
     def ones(tensor: Tensor) -> Tensor:
-        return torch.ones_like(tensor[:1], dtype=wide) if tensor.is_floating_point() else tensor[:1]
+        first = tensor[:1] if tensor.ndim else tensor
+        return torch.ones_like(first, dtype=wide) if tensor.is_floating_point() else first
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(model, state, args, kwargs)
@@ -323,7 +324,8 @@ def _samples(batch: Any) -> Iterator[Any]:
 
 def _add(sums: list[Tensor], parts: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        torch._foreach_add_(sums, [p.detach().to(s.dtype) for s, p in zip(sums, parts, strict=True)])
+        own = [p.detach().to(s.dtype) for s, p in zip(sums, parts, strict=True)]
+        torch._foreach_add_(sums, own)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _dense(found: Sequence[Tensor | None], targets: Sequence[Target]) -> list[Tensor]:
@@ -360,7 +362,7 @@ def _ranks() -> int:
 
 
 @contextlib.contextmanager
-def watching(modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+def watching(modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Generator[None]:
     """Shows the inputs of layers to a function while a network runs; the hooks are gone afterwards.
 
     Args:
@@ -424,7 +426,7 @@ def _input_statistics(calibration: Calibration, targets: Sequence[Target], kind:
 def _statistic(module: nn.Module, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Σx², Σ|x| or max|x| in a shape that expands to the weight's, and how many inputs there were."""
 
-    def reduce(values: Tensor, dims: Sequence[int]) -> Tensor:
+    def reduce(values: Tensor, dims: tuple[int, ...]) -> Tensor:
         values = widen(values)
         if kind == "input_norm":
             return values.square().sum(dims)

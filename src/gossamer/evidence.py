@@ -44,7 +44,7 @@ class Evidence:
         self.kept = {kind: {name: w.detach().clone() for name, w in weights.items()} for kind in keep}
         for name, w in self.kept.get("accumulated", {}).items():
             self.kept["accumulated"][name] = torch.zeros_like(widen(w))
-        self._look = look
+        self.look = look
         self._of_data = [kind for kind in criterion.needs if kind in OF_DATA]
         self._gathered: Mapping[str, Mapping[str, Tensor]] | None = None
 
@@ -72,8 +72,8 @@ class Evidence:
 
     def _from_data(self) -> Mapping[str, Mapping[str, Tensor]]:
         if self._gathered is None:
-            assert self._look is not None
-            self._gathered = self._look(self._of_data)
+            assert self.look is not None
+            self._gathered = self.look(self._of_data)
         return self._gathered
 
     def drop(self) -> None:
@@ -102,7 +102,7 @@ class Evidence:
             parts[0].append(widen(weight.detach()))
             parts[1].append(widen(gradient))
         if sums:
-            torch._foreach_addcmul_(sums, *parts, value=-1)
+            torch._foreach_addcmul_(sums, *parts, value=-1)  # pyright: ignore[reportPrivateImportUsage]
 
     def moved(self, name: str, weight: Tensor, changed: bool | Tensor = True) -> None:
         """Takes note of whether a layer's mask has changed (a 0-d tensor where only the device knows)."""

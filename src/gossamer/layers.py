@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,20 @@ class Layers(Mapping[str, Layer]):
                 f"as the context needs; leave it dense with exclude=[{target.name!r}]"
             )
         return layer
+
+    @contextlib.contextmanager
+    def scored_by(self, criterion: Criterion | None) -> Generator[None]:
+        """Lets another criterion score for a while; None for the one that there is."""
+        if criterion is None:
+            yield
+            return
+        own = self.criterion, self.evidence
+        weights = {t.name: t.weight for t in self.targets}
+        self.criterion, self.evidence = criterion, Evidence(criterion, weights, own[1].seed, own[1].look)
+        try:
+            yield
+        finally:
+            self.criterion, self.evidence = own
 
     def units(self, layer: Layer) -> Tensor:
         """The mask, one bool a unit."""

@@ -261,6 +261,8 @@ class Mover:
             self._recover(state_of)
             raise
         self._hints = {}
+        for name in masks:
+            self.layers.evidence.moved(name, self.layers[name].target.weight)
         self.layers.apply_companions(state_of)
 
 

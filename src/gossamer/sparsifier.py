@@ -343,6 +343,7 @@ class Sparsifier:
         round_to: int | None = None,
         state_of: StateOf = lambda _: (),
         fixed: Collection[str] = (),
+        by: Criterion | None = None,
     ) -> None:
         """Moves the masks to a fraction of each layer's units, exactly, and applies them.
 
@@ -351,8 +352,10 @@ class Sparsifier:
             round_to: as in `sparsify_model`.
             state_of: further tensors to zero where the weights are.
             fixed: as `fixed_layers` gives it.
+            by: another criterion, for this once.
         """
-        self._mover.move(fractions, round_to, state_of, fixed)
+        with self._layers.scored_by(by):
+            self._mover.move(fractions, round_to, state_of, fixed)
 
     def exchanged(self, fraction: float, grow: Criterion, step: int, seed: int = 0) -> dict[str, Tensor]:
         """Masks in which the least important of the kept units have made room for others; `exchange` puts them there.
@@ -380,6 +383,18 @@ class Sparsifier:
             state_of: further tensors to zero where the weights are.
         """
         self._mover.replace(masks, state_of)
+
+    def observe(self) -> None:
+        """Looks at the gradients of one step, right before the optimizer makes it."""
+        self.evidence.observe({t.name: t.weight for t in self.targets})
+
+    def check_criterion(self, criterion: Criterion) -> None:
+        """Makes sure that there is data for another criterion.
+
+        Raises:
+            ArgumentError: there is not.
+        """
+        _check_data(criterion, self.calibration)
 
     @property
     def has_companions(self) -> bool:
