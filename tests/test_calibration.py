@@ -189,7 +189,8 @@ def test_a_linear_layers_inputs_may_have_any_number_of_axes():
     x = torch.randn(2, 7, 5)
     assert torch.allclose(evidence(layer, "input_norm", x, nn.Linear)[""][1], x.flatten(0, 1).norm(dim=0))
     assert torch.allclose(
-        evidence(layer, "input_norm", [(x[:1],), (x[1:],)], nn.Linear)[""], evidence(layer, "input_norm", x, nn.Linear)[""]
+        evidence(layer, "input_norm", [(x[:1],), (x[1:],)], nn.Linear)[""],
+        evidence(layer, "input_norm", x, nn.Linear)[""],
     )
 
 

@@ -157,7 +157,7 @@ class Sparsifier:
         thin = [
             f"{name!r} keeps {kept:,} of {units:,}"
             for name, (kept, units) in known.items()
-            if kept < min(0.005, share / 10) * units
+            if units > 1 and kept < min(0.005, share / 10) * units
         ]
         if thin:
             warnings.warn(
