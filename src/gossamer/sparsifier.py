@@ -396,6 +396,19 @@ class Sparsifier:
         """
         _check_data(criterion, self.calibration)
 
+    def put_mask(self, layer: str, mask: Tensor) -> None:
+        """Puts a mask of single weights in place, and zeroes what it masks.
+
+        Args:
+            layer: its name.
+            mask: bool, True = kept, of the weight's shape; constant over every unit.
+        """
+        own = self._layers[layer]
+        units = units_of(mask.view(own.view), own.dims)
+        self._layers.replace(own, units, lambda _: ())
+        own.masked = own.n_units - int(torch.count_nonzero(units))
+        self._mover.forget()
+
     @property
     def has_companions(self) -> bool:
         """Whether biases and normalisations die with the units."""
