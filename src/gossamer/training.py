@@ -281,9 +281,7 @@ class SparseTraining:
         changed = progress != before
         try:
             self.progress = progress
-            if changed and (
-                progress < before or (self.round_to is not None and self.sparsifier.context.is_pooled)
-            ):
+            if changed and (progress < before or (self.round_to is not None and self.sparsifier.context.is_pooled)):
                 self._note_let_go()  # what this move frees is zero until the next step
             if changed and not self._warned:
                 self._warned = True
