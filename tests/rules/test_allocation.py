@@ -194,8 +194,8 @@ def test_bounds_hold_and_the_rest_is_shared_as_without_them(layers, data):
     [
         (Context("global"), Fraction(1, 2), [10, 1], 5, ([0, 0], [9, 1])),
         (Context("global"), Fraction(1), [10, 1], 11, ([0, 0], [10, 1])),  # nobody is left out at 100 %
-        (Context("global", floor=20, ceiling=75), Fraction(1, 2), [10, 8], 9, ([2, 1], [7, 6])),
-        (Context("global", floor=20), Fraction(1, 10), [10, 8], 2, ([1, 0], [9, 7])),  # not reached yet
+        (Context("global", floor=20, ceiling=75), Fraction(1, 2), [10, 8], 9, ([2, 2], [7, 6])),
+        (Context("global", floor=20), Fraction(1, 10), [10, 8], 2, ([1, 1], [9, 7])),  # not reached yet
         (Context("global", ceiling=50), Fraction(1, 2), [3, 3], 3, ([0, 0], [2, 2])),  # 1 + 1 would be one too few
     ],
 )

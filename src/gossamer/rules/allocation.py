@@ -150,7 +150,9 @@ class Context:
         """
         low = min(as_fraction(self.floor), fraction)
         high = as_fraction(self.ceiling)
-        least = [math.floor(low * n) for n in units]
+        least = [math.ceil(low * n) for n in units]
+        if sum(least) > masked:
+            least = [math.floor(low * n) for n in units]
         most = [min(math.floor(high * n), n - 1) if n > 1 else n for n in units]
         if sum(most) < masked:
             most = [max(math.ceil(high * n), 1) for n in units]
