@@ -378,7 +378,7 @@ def draw_large_blocks(name: str) -> None:
     Sparsifier(layer, name, layer_type=nn.Linear).sparsify_model(50)
     figure = Figure(figsize=(2.2, 2.2))
     ax = figure.add_axes((0, 0, 1, 1))
-    ax.imshow((layer.weight != 0).detach(), cmap=matplotlib.colors.ListedColormap([SOFT, INK]), vmin=0, vmax=1)
+    ax.imshow((layer.weight != 0).detach().numpy(), cmap=matplotlib.colors.ListedColormap([SOFT, INK]), vmin=0, vmax=1)
     ax.set_axis_off()
     save(f"granularity-{name}", figure)
 
