@@ -174,7 +174,10 @@ class Mover:
         kept = [self.layers.units(layer).reshape(-1) for layer in layers]
         # Slice by slice where that will do, so that the scores of one layer at a time are all that is ever held.
         on_cpu = all(layer.target.weight.device.type == "cpu" for layer in layers)
-        scores = [self.layers.flat_scores(la) if on_cpu else self.layers.scores(la).reshape(-1) for la in layers]
+        scores = [  # zeros that stay whatever the schedule says have scores of their own
+            self.layers.flat_scores(la) if on_cpu and la.zeros is None else self.layers.scores(la).reshape(-1)
+            for la in layers
+        ]
         nested: list[Tensor | Nested | ScoresOnDemand] = list(scores)
         if round_to is None:  # else rounding has moved the masks off the goal, and the scores alone decide
             units = sum(layer.n_units for layer in layers)
