@@ -62,15 +62,15 @@ def start(
     steps=6,
     *,
     layer_type=(nn.Conv2d, nn.Linear),
+    method=None,
     **rules,
 ) -> tuple[nn.Module, torch.optim.Optimizer, SparseTraining]:
     model = network()
     optimizer = OPTIMIZERS[optimizer](model.parameters())
-    return (
-        model,
-        optimizer,
-        SparseTraining(Sparsifier(model, layer_type=layer_type, **rules), optimizer, sparsity, schedule, steps),
-    )
+    x = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(9))
+    data = {"data": [(x, torch.tensor([0, 1, 2, 3]))], "loss_func": nn.CrossEntropyLoss()}
+    sparsifier = Sparsifier(model, layer_type=layer_type, **data, **rules)
+    return model, optimizer, SparseTraining(sparsifier, optimizer, sparsity, schedule, steps, method=method)
 
 
 # -- zeros stay zero --------------------------------------------------------------------------------------------------

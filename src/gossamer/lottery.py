@@ -103,7 +103,12 @@ def find_ticket(
         raise ArgumentError(
             f"context='{context}' fixes the sparsity, so rounds cannot raise it; use 'local' or 'global'"
         )
-    if rates and as_context(context).kind == "global":
+    if as_context(context).densities is not None:
+        raise ArgumentError(
+            f"context='{as_context(context)}' gives every layer a target of its own, and a search masks a share of "
+            "what is left; use 'local' with rates, or 'global'"
+        )
+    if rates and as_context(context).is_pooled:
         raise ArgumentError(
             "rates cannot be used with context='global', in which all layers share one; give rate alone"
         )

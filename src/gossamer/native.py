@@ -91,6 +91,7 @@ class Sweep(ctypes.Structure):
         ("kind", c_int32),
         ("scores", c_void_p),
         ("n_masked", c_int64),
+        ("least", c_int64),
     )
 
 

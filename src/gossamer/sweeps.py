@@ -35,6 +35,7 @@ class Units:
         kept: bool, one a unit; written to.
         n_kept: how many of these are True.
         tensors: with one element a unit, to be zero where the mask is False. The weights may be among them.
+        least: how many units are to be kept.
     """
 
     scores: Tensor
@@ -42,6 +43,7 @@ class Units:
     kept: Tensor
     n_kept: int
     tensors: Sequence[Tensor] = ()
+    least: int = 0
 
 
 def zero(kept: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -153,7 +155,7 @@ def _are_plain(kept: Tensor, tensors: Sequence[Tensor]) -> bool:
 
 def _sweep_of(layer: Units) -> Sweep:
     sweep = _sweep(layer.kept, layer.tensors)
-    sweep.n_kept = layer.n_kept
+    sweep.n_kept, sweep.least = layer.n_kept, layer.least
     sweep.kind = (_MAGNITUDES if layer.is_magnitude else _SCORES)[layer.scores.dtype]
     sweep.scores = layer.scores.data_ptr()
     return sweep

@@ -192,13 +192,14 @@ def random_mask(sparsifier: Sparsifier, ticket: Ticket, dense: Mapping[str, Tens
     for target in sparsifier.targets:
         mask = ticket.masks[target.name]
         cut = unit_shape(sparsifier, target.name)
+        _, view, _ = sparsifier.granularity.cut(target.axes, target.view)
         n_units = cut.numel()
         masked = (mask.numel() - int(torch.count_nonzero(mask))) * n_units // mask.numel()
         # From the layer's name and not its place, on the CPU, so that every machine draws the same.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{target.name}".encode()))
         units = torch.ones(n_units, dtype=torch.bool)
         units[torch.randperm(n_units, generator=generator)[:masked]] = False
-        masks[target.name] = expand(units.reshape(cut), target.view).reshape(mask.shape)
+        masks[target.name] = expand(units.reshape(cut), view).reshape(mask.shape)
     return _with_masks(sparsifier, dense, masks, ticket.epoch)
 
 

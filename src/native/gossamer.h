@@ -97,6 +97,7 @@ struct GossamerSweep {
   int32_t kind;        // scores are the magnitudes of 0 float16, 1 bfloat16, 2 float32, 3 float64; or 4 float32, 5 float64
   const void* scores;  // n of these; may be one of the tensors
   int64_t n_masked;    // out: how many more are masked now
+  int64_t least;       // how many must be kept
 };
 
 // Gives 1 where an argument is none of those above, 2 where memory is short. isa: as for gossamer_isa.
@@ -111,7 +112,7 @@ struct GossamerGroup {
   double upper;      // out: the upper end of the bracket that was looked at
   int64_t left;      // out: how many kept scores were left in it
   int32_t failed;    // out: 1 where an argument is none of those above, 2 where memory is short, 3 where there are fewer
-                     // kept scores that are numbers; no mask was changed then
+                     // kept scores that are numbers, 4 where a layer would keep too few; no mask was changed then
 };
 
 // Masks in each group the `need` lowest kept scores (ties in the order of layers and positions), and zeroes.

@@ -304,8 +304,9 @@ struct Job {
     return from_key(smallest(each, key_of(lower), key_of(upper), need - settled - 1));
   }
 
-  // Masks what is below the threshold, and ties up to the last position that is needed, and zeroes.
-  void cut(double threshold) {
+  // Masks what is below the threshold, and ties up to the last position that is needed, and zeroes. Not where a layer
+  // would keep less than it must.
+  bool cut(double threshold) {
     const int64_t bound = key_of(threshold);
     for (int64_t l = 0; l < n_layers; l++) layers[l].n_masked = 0;
     int64_t ties = need;
@@ -323,6 +324,8 @@ struct Job {
           last[size_t(items[i].layer)] = items[i].start + items[i].places[k];
           layers[items[i].layer].n_masked++;
         }
+    for (int64_t l = 0; l < n_layers; l++)
+      if (layers[l].n_kept - layers[l].n_masked < layers[l].least) return false;
     if (!settled) {
       each_item([&](Item& item) {
         const GossamerSweep& s = layers[item.layer];
@@ -334,7 +337,7 @@ struct Job {
             std::memset(static_cast<char*>(s.tensors[t]) + i * s.sizes[t], 0, size_t(s.sizes[t]));
         }
       });
-      return;
+      return true;
     }
     std::vector<Bound> at, under;
     for (int64_t l = 0; l < n_layers; l++) {
@@ -354,6 +357,7 @@ struct Job {
         zero(s, start, n);
       });
     });
+    return true;
   }
 };
 
@@ -398,7 +402,10 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
         return;
       }
       const double threshold = job.threshold();
-      job.cut(threshold);
+      if (!job.cut(threshold)) {
+        group.failed = 4;
+        return;
+      }
       group.threshold = group.need > job.settled ? threshold : NONE;
       group.upper = job.upper;
       group.left = job.settled + job.found - group.need;

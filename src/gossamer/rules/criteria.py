@@ -25,9 +25,23 @@ EVIDENCE = MappingProxyType(
         "initial": "the weight as it was when the run began",
         "previous": "the weight as it was when the masks last moved",
         "noise": "uniform random numbers in [0, 1), the same for a layer all through a run",
+        "accumulated": "-Σ w · ∂L/∂w over the steps of training so far, each with the weight that the gradient is of",
+        "gradient": "∂L/∂w, the mean over the batches of the data, the network in the mode that it is in",
+        "gradient_squared": "(∂L/∂w)², the mean over the single samples of the data, in evaluation mode",
+        "hessian_gradient": "H·g: the Hessian of the loss times its gradient, the network in the mode that it is in",
+        "flow": "∂R/∂|w|, where R sums the outputs for an input of ones and every parameter is its magnitude",
+        "input_norm": "√Σx² over all inputs x that the weight is multiplied with, in evaluation mode",
+        "input_mean": "the mean of |x| over these inputs",
+        "input_max": "the largest |x| among these inputs",
     }
 )
-"""What a criterion may look at, each of the weight's shape, in float32 or wider. Gradients, activations join here."""
+"""What a criterion may look at, each of the weight's shape, in float32 or wider."""
+
+OF_LOSS = frozenset({"gradient", "gradient_squared", "hessian_gradient"})
+"""Evidence that takes data, and a loss."""
+
+OF_DATA = OF_LOSS | {"flow", "input_norm", "input_mean", "input_max"}
+"""Evidence that takes data: gathered when masks move, dropped when they have moved."""
 
 
 @dataclass(frozen=True)
@@ -260,3 +274,73 @@ def updating_movement(weight: Tensor, previous: Tensor) -> Tensor:
 def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
     """|w · (w - w')|: as `movmag`, since the masks last moved."""
     return (weight - previous).mul_(weight).abs_()
+
+
+@_elementwise
+def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|w · ∂L/∂w|: to first order, the change of the loss if the weight goes (Molchanov et al. 2019,
+    arXiv:1906.10771).
+    """
+    return (weight * gradient).abs_()
+
+
+@_elementwise
+def taylor_squared(weight: Tensor, gradient: Tensor) -> Tensor:
+    """(w · ∂L/∂w)²: as `taylor` for single weights; over a unit, the paper's sum of squares (Molchanov et al. 2019)."""
+    return (weight * gradient).square_()
+
+
+@_elementwise
+def snip(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|w · ∂L/∂w| before training, global, with `schedule='constant'` (SNIP, Lee et al. 2019, arXiv:1810.02340)."""
+    return (weight * gradient).abs_()
+
+
+@_elementwise
+def grasp(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
+    """w · (H·g): keep what the gradient's flow rests on (GraSP, Wang et al. 2020, arXiv:2002.07376; its S with the
+    sign turned).
+    """
+    return weight * hessian_gradient
+
+
+@_elementwise
+def synflow(weight: Tensor, flow: Tensor) -> Tensor:
+    """|w| · ∂R/∂|w|: the synaptic flow through a weight, of ones through magnitudes (SynFlow, Tanaka et al. 2020,
+    arXiv:2006.05467).
+    """
+    return weight.abs() * flow
+
+
+@_elementwise
+def fisher(weight: Tensor, gradient_squared: Tensor) -> Tensor:
+    """w² · E[(∂L/∂w)²] / 2: optimal brain damage with the empirical Fisher matrix's diagonal (LeCun et al. 1990)."""
+    return weight.square().mul_(gradient_squared).mul_(0.5)
+
+
+@_elementwise
+def sanh_movement(accumulated: Tensor) -> Tensor:
+    """-Σ w · ∂L/∂w over the steps: keep weights that training moves away from zero (movement pruning, Sanh et al.
+    2020, arXiv:2005.07683).
+    """
+    return accumulated
+
+
+@_elementwise
+def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
+    """|w| · ‖x‖₂: magnitude times the norm of its inputs, meant for context `'output'` (Wanda, Sun et al. 2024,
+    arXiv:2306.11695).
+    """
+    return weight.abs() * input_norm
+
+
+@_elementwise
+def wanda_l1(weight: Tensor, input_mean: Tensor) -> Tensor:
+    """|w| · mean|x|: as `wanda`, with the mean magnitude of the inputs."""
+    return weight.abs() * input_mean
+
+
+@_elementwise
+def wanda_max(weight: Tensor, input_max: Tensor) -> Tensor:
+    """|w| · max|x|: as `wanda`, with the largest input."""
+    return weight.abs() * input_max

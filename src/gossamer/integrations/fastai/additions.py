@@ -10,7 +10,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from gossamer.integrations.fastai.checkpoint import Resume
-from gossamer.integrations.fastai.followers import Announcer, SparsityMetric
+from gossamer.integrations.fastai.followers import Announcer, SparsityMetric, StepWatch
 from gossamer.integrations.fastai.guard import Guard
 
 
@@ -47,6 +47,7 @@ class Additions:
         after_epoch: Function[[], None],
         after_fit: Function[[], None],
         count: Function[[], float] | None,
+        before_step: Function[[], None] | None = None,
     ) -> None:
         """Puts the others there.
 
@@ -55,8 +56,11 @@ class Additions:
             after_epoch: as in `Announcer`.
             after_fit: as in `Announcer`.
             count: as in `SparsityMetric`; None for no column.
+            before_step: as in `StepWatch`; None where nobody looks at gradients.
         """
         learn.add_cb(Announcer(self._owner, after_epoch, after_fit))
+        if before_step is not None:
+            learn.add_cb(StepWatch(self._owner, before_step))
         if count is not None:
             learn.metrics = [*learn.metrics, SparsityMetric(count)]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gossamer.errors import ArgumentError, FileError, StateError
 from gossamer.integrations.fastai.additions import Additions
 from gossamer.integrations.fastai.checkpoint import Resume
+from gossamer.integrations.fastai.data import BATCHES, calibration_of
 from gossamer.integrations.fastai.fit_file import as_path, fit_file
 from gossamer.integrations.fastai.followers import Traceless
 from gossamer.integrations.fastai.keeper import KeepSparse, drop_keepers
@@ -20,12 +21,14 @@ from gossamer.integrations.fastai.place import Place
 from gossamer.integrations.fastai.request import request
 from gossamer.integrations.fastai.rounds import Rounds
 from gossamer.integrations.fastai.span import Span, is_within_fit, only_looks
-from gossamer.integrations.fastai.voice import Voice, epoch_line, warn_of_denser_weights, zeros_line
+from gossamer.integrations.fastai.voice import Voice, epoch_line, first_line, warn_of_denser_weights, zeros_line
+from gossamer.methods import Exchange, Method
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
 from gossamer.rules.allocation import Context
 from gossamer.rules.criteria import Criterion
-from gossamer.rules.granularity import Granularity
+from gossamer.rules.granularity import Granularity, Reduction
+from gossamer.rules.normalization import Normalization
 from gossamer.rules.schedules import Schedule
 from gossamer.targets import LayerTypes, unwrapped
 from gossamer.tickets import Lottery
@@ -44,11 +47,14 @@ class SparsifyCallback(Traceless):
     phases.
 
     Args:
-        sparsity: percent of units to mask in the end, or a dict of layer name or pattern → percent (context 'local').
+        sparsity: percent of units to mask in the end, or a dict of layer name or pattern → percent; where layers share
+            a target ('global', 'erk', …), '*' in the dict is what those that it does not name reach together.
         granularity: what lives and dies together: 'weight', 'vector', 'kernel', 'filter', … or a `Granularity`.
-        context: which units compete: 'local', 'global', or an N:M pattern such as '2:4'.
+        context: which units compete: 'local', 'global', 'erk', 'lamp', 'output', an N:M pattern such as '2:4', or a
+            `Context`.
         criteria: what matters: 'large_final', a `Criterion`, or a function such as `lambda w: w.abs()`.
-        schedule: how sparsity grows: 'one_cycle', a `Schedule`, any fastai annealer, or a function of position.
+        schedule: how sparsity grows: a registered name, a `Schedule`, any fastai annealer, or a function of position;
+            by default the method's own, or 'one_cycle'.
         lth: rewind the surviving weights after each round of pruning (lottery ticket). A round is a step of a schedule
             with steps; with any other schedule it is an epoch. What follows the last round trains on.
         rewind_epoch: the epoch at whose start the weights are saved, to rewind to; pruning must start after it.
@@ -64,6 +70,13 @@ class SparsifyCallback(Traceless):
         seed: of the criterion 'random'.
         keep_zeros: whether weights that are zero already, as in a network made sparse before, stay zero.
         skip_frozen: leave frozen layers as they are until they are unfrozen; by default they become sparse too.
+        method: how masks move, but for how much: 'gradual', 'static', 'rigl', 'set', 'acdc', 'dsd', what `RigL(…)` and
+            the like give, a `Method`, or a function (step, position) → share of the kept units to exchange.
+        reduction: how the scores of a unit's weights become one: 'mean', 'sum', 'l2', 'max', or a function.
+        normalization: how scores of different layers are made comparable where layers compete: 'none', 'sum', 'max',
+            'mean', 'gaussian', 'lamp', or a function.
+        data: for criteria that look at gradients or activations: how many batches of the learner's training data, or
+            batches of your own (see `Calibration`). They are gone through whenever masks move.
         total_epochs: epochs of the whole schedule, where several fits share it; by default each fit has its own.
         checkpoint: a file that takes the whole state of the fit, safetensors and JSON, from which it can go on.
         every: 'epoch', or a number: after every how many epochs the checkpoint is written; after the last anyway.
@@ -91,7 +104,7 @@ class SparsifyCallback(Traceless):
         granularity: str | Granularity = "weight",
         context: str | Context = "local",
         criteria: str | Criterion | Function[..., Tensor] = "large_final",
-        schedule: str | Schedule | Function[..., Any] = "one_cycle",
+        schedule: str | Schedule | Function[..., Any] | None = None,
         lth: bool = False,
         rewind_epoch: int = 0,
         reset_end: bool = False,
@@ -107,6 +120,10 @@ class SparsifyCallback(Traceless):
         seed: int = 0,
         keep_zeros: bool = True,
         skip_frozen: bool = False,
+        method: Method | str | Exchange | None = None,
+        reduction: str | Reduction = "mean",
+        normalization: str | Normalization = "none",
+        data: Any = BATCHES,
         total_epochs: int | None = None,
         checkpoint: str | Path | None = None,
         every: int | str = "epoch",
@@ -129,6 +146,10 @@ class SparsifyCallback(Traceless):
             seed=seed,
             keep_zeros=keep_zeros,
             skip_frozen=skip_frozen,
+            method=method,
+            reduction=reduction,
+            normalization=normalization,
+            data=data,
         )
         self.sparsity, self.granularity, self.context = asked.sparsity, asked.granularity, asked.context
         self.criteria, self.schedule, self.seed = asked.criteria, asked.schedule, asked.seed
@@ -146,8 +167,8 @@ class SparsifyCallback(Traceless):
         self._voice = Voice(verbose)
         self._additions = Additions(self)
         self._keeper: KeepSparse | None = None
-        self._hold_only = self._is_fitting = self._leaves_name = False
-        if model is not None:
+        self._hold_only = self._is_fitting = self._leaves_name = self._is_skipped = False
+        if model is not None and not asked.takes_data:
             self._build(model)
 
     # fastai sets `learn` to None when a callback given to `fit` is taken off, also after an exception.
@@ -229,13 +250,17 @@ class SparsifyCallback(Traceless):
             after_epoch=self._voice.say_line,
             after_fit=self._end,
             count=self.sparsity_now if self.metric else None,
+            before_step=self._look if run.looks_at_gradients else None,
         )
         self._is_fitting = True
         self.place.begin()
         said = "" if self.file is None else self.file.attach(self, learn, goes_on and was_broken)
+        if self.asked.takes_data:
+            cast(nn.Module, learn.model).train()  # as it is about to be, whatever it was last used for
+        run.begin()
         drop_keepers(learn, run)  # this run has taken over their zeros, or was told not to
         if not goes_on:
-            self._voice.say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
+            self._voice.say(first_line(self.asked.method.name, self.granularity.name, self.sparsity))
         if said:
             self._voice.say(said)
         elif run.zeros_kept:
@@ -262,10 +287,20 @@ class SparsifyCallback(Traceless):
         if self.sparse is None:
             return
         self.sparse.optimizer = self._learner().opt  # learn.export in the middle of a fit makes a new one
-        if self._hold_only or self.asked.moves_at_epochs:
+        is_skipped, self._is_skipped = self._is_skipped, False
+        if self._hold_only or self.asked.moves_at_epochs or is_skipped:
             self.sparse.hold()
             return
-        self._move(self.place.now)
+        self._move(self.place.now, self.sparse.step)
+
+    def after_cancel_step(self) -> None:
+        """Takes note that the optimizer has made no step, as where mixed precision overflows."""
+        self._is_skipped = True
+
+    def _look(self) -> None:
+        """Shows the run the gradients, right before the optimizer's step."""
+        if self.sparse is not None and not self._hold_only:
+            self.sparse.before_step(self.place.now)
 
     def after_cancel_train(self) -> None:
         """Leaves the masks where the last step put them."""
@@ -283,8 +318,9 @@ class SparsifyCallback(Traceless):
         if self.sparse is None or self._hold_only:
             return
         place = self.place
-        if not place.is_cancelled and place.position != place.epoch_end:
-            self._move(place.epoch_end)
+        is_due = self.schedule.every_n_steps == 1 or place.epoch_end == 1  # else masks move at their own steps only
+        if not place.is_cancelled and place.position != place.epoch_end and is_due:
+            self._move(place.epoch_end, self.sparse.move_to)
         sparsity = self.sparsity_now()
         self.history.append({"epoch": place.epoch_of_all, "position": place.reached, "sparsity": sparsity})
         self._voice.line = epoch_line(place.epoch, sparsity, self.asked.is_per_layer)
@@ -458,7 +494,8 @@ class SparsifyCallback(Traceless):
             self._is_new = False
 
     def _build(self, model: nn.Module) -> None:
-        self.sparse = self.asked.run_on(model)
+        data = calibration_of(self._learner, self.asked.data) if self.asked.takes_data else None
+        self.sparse = self.asked.run_on(model, data)
         self._rounds = Rounds(self.asked, self.sparse, self._voice)
         self.history, self._voice.said = [], set()
 
@@ -467,8 +504,8 @@ class SparsifyCallback(Traceless):
             self.sparse.optimizer = learn.opt
             self.sparse.hold()
 
-    def _move(self, position: float) -> None:
-        changed, self.place.position = self._run().move_to(position), position
+    def _move(self, position: float, move: Function[[float], bool]) -> None:
+        changed, self.place.position = move(position), position
         if changed and self._rounds is not None:
             learn = self._learner()
             self._rounds.moved(self.place, self.ticket_dir or Path(learn.path) / learn.model_dir)

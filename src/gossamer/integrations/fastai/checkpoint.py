@@ -59,7 +59,7 @@ def learner_state(learn: Learner, before: dict[str, dict[str, str]]) -> dict[str
         "optimizer_kind": _kind(learn.opt),
         "callbacks": changed(learn, before),
         "states": {name: cb.state_dict() for name, cb in bystanders(learn).items() if has_state(cb)},
-        "loaders": [_loader_state(dl) for dl in learn.dls.loaders],
+        "loaders": [loader_state(dl) for dl in learn.dls.loaders],
         "set_up": _set_up(learn),
         "train_iter": int(cast(Any, learn).train_iter),
         "random": random_state(),
@@ -175,7 +175,7 @@ def restore_rest(learn: Learner, state: dict[str, Any]) -> None:
             stacklevel=2,
         )
     for loader, saved in zip(loaders, state["loaders"], strict=False):
-        _restore_loader(loader, saved)
+        restore_loader(loader, saved)
     restore_random_state(state["random"])
 
 
@@ -330,11 +330,11 @@ def _kind(opt: Any) -> str:
     return f"{type(opt).__name__}({', '.join(steps)})"
 
 
-def _loader_state(loader: Any) -> dict[str, Any]:
+def loader_state(loader: Any) -> dict[str, Any]:
     return {where: generator_state(generator) for where, generator in _generators(loader).items()}
 
 
-def _restore_loader(loader: Any, state: dict[str, Any]) -> None:
+def restore_loader(loader: Any, state: dict[str, Any]) -> None:
     for where, generator in _generators(loader).items():
         if where in state:
             restore_generator(generator, state[where])

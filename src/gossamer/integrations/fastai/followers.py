@@ -72,6 +72,27 @@ class SparsityMetric(Metric):
         return ValueMetric, (partial(float, self.value), self.name)
 
 
+class StepWatch(Traceless):
+    """Looks at the gradients right before the optimizer's step: unscaled and clipped, and only where there is a step.
+
+    Args:
+        owner: the callback that it looks for.
+        before_step: called then.
+    """
+
+    order = 12  # after mixed precision (10), which cancels a step that overflows, and clipping (11)
+    run_valid = False
+
+    def __init__(self, owner: Callback, before_step: Function[[], None]) -> None:
+        super().__init__()
+        self.owner = owner
+        self._before_step = before_step
+
+    def before_step(self) -> None:
+        """The gradients are there."""
+        self._before_step()
+
+
 class Announcer(Traceless):
     """Acts once all others have acted: fastai's row is out, a best checkpoint is loaded.
 

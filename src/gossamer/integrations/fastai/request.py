@@ -9,14 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gossamer.calibration import Calibration
 from gossamer.errors import ArgumentError, GossamerWarning
+from gossamer.integrations.fastai.data import BATCHES, as_data
+from gossamer.methods import Exchange, Method, as_method
 from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target
-from gossamer.rules.criteria import Criterion, as_criterion
-from gossamer.rules.granularity import Granularity, as_granularity
-from gossamer.rules.schedules import Schedule, as_schedule
+from gossamer.rules.criteria import OF_DATA, Criterion, as_criterion
+from gossamer.rules.granularity import Granularity, Reduction, as_granularity, as_reduction
+from gossamer.rules.normalization import Normalization, as_normalization
+from gossamer.rules.schedules import Schedule
 from gossamer.sparsifier import Sparsifier
 from gossamer.targets import LayerTypes, as_layer_types, as_patterns, resolve_sparsity
-from gossamer.training import SparseTraining
+from gossamer.training import SparseTraining, schedule_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,17 @@ class Request:
     seed: int
     keep_zeros: bool
     skip_frozen: bool
+    method: Method
+    reduction: Reduction
+    normalization: Normalization
+    data: Any
 
-    def run_on(self, model: nn.Module) -> SparseTraining:
-        """The run on a network. It has no optimizer yet.
+    def run_on(self, model: nn.Module, calibration: Calibration | None = None) -> SparseTraining:
+        """The run on a network. It has no optimizer yet, and has not begun.
+
+        Args:
+            model: the network, or a part of it.
+            calibration: data, where `takes_data` says so.
 
         Raises:
             ArgumentError: an argument that does not fit the network, or a target below the zeros that are there.
@@ -62,10 +74,26 @@ class Request:
             exclude=self.exclude,
             seed=self.seed,
             skip_frozen=self.skip_frozen,
+            reduction=self.reduction,
+            normalization=self.normalization,
+            data=calibration,
         )
         return SparseTraining(
-            sparsifier, None, self.sparsity, self.schedule, round_to=self.round_to, keep_zeros=self.keep_zeros
+            sparsifier,
+            None,
+            self.sparsity,
+            self.schedule,
+            round_to=self.round_to,
+            keep_zeros=self.keep_zeros,
+            method=self.method,
+            begins=False,
         )
+
+    @property
+    def takes_data(self) -> bool:
+        """Whether a criterion looks at what the network makes of data."""
+        criteria = [self.criteria, *([] if self.method.initial is None else [self.method.initial])]
+        return any(kind in OF_DATA for criterion in criteria for kind in criterion.needs)
 
     @property
     def is_per_layer(self) -> bool:
@@ -89,7 +117,7 @@ def request(
     granularity: str | Granularity = "weight",
     context: str | Context = "local",
     criteria: str | Criterion | Callable[..., Tensor] = "large_final",
-    schedule: str | Schedule | Callable[..., Any] = "one_cycle",
+    schedule: str | Schedule | Callable[..., Any] | None = None,
     *,
     lth: bool = False,
     rewind_epoch: int = 0,
@@ -101,6 +129,10 @@ def request(
     seed: int = 0,
     keep_zeros: bool = True,
     skip_frozen: bool = False,
+    method: Method | str | Exchange | None = None,
+    reduction: str | Reduction = "mean",
+    normalization: str | Normalization = "none",
+    data: Any = BATCHES,
 ) -> Request:
     """Checks the arguments of a `SparsifyCallback`, whose constructor is what calls this.
 
@@ -112,12 +144,15 @@ def request(
         'filter'
     """
     sparsity = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
-    rules = as_granularity(granularity), as_context(context), as_criterion(criteria), as_schedule(schedule)
+    how = as_method(method)
+    rules = as_granularity(granularity), as_context(context), as_criterion(criteria), schedule_of(schedule, how)
     context = rules[1]
     if isinstance(sparsity, dict):
-        resolve_sparsity(sparsity, ["", *(str(name) for name in sparsity)])  # names wait for the network
-    for percent in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
-        check_target(as_fraction(percent), context)
+        named = {name: percent for name, percent in sparsity.items() if name != "*" or not context.is_shared}
+        if named or not sparsity:
+            resolve_sparsity(named, ["", *(str(name) for name in named)])  # names wait for the network
+    for name, percent in sparsity.items() if isinstance(sparsity, dict) else [("*", sparsity)]:
+        check_target(as_fraction(percent), context if name == "*" or not context.is_shared else Context("local"))
     check_round_to(round_to, context)
     most = max(sparsity.values(), default=0) if isinstance(sparsity, dict) else sparsity
     if 0 < most < 1:
@@ -126,8 +161,16 @@ def request(
             GossamerWarning,
             stacklevel=3,
         )
-    if isinstance(sparsity, dict) and context.kind == "global":
-        raise ArgumentError("a sparsity for each layer needs context='local'; with 'global' give one number")
+    if isinstance(sparsity, dict) and context.is_shared and "*" not in sparsity:
+        raise ArgumentError(
+            f"a sparsity for each layer needs context='local'; with '{context}' give one number, or add '*' for "
+            "what the layers that are not named reach together"
+        )
+    if lth and how.exchange is not None:
+        raise ArgumentError(
+            f"lth=True rewinds after each round of pruning, and method {how.name!r} has no rounds; leave one of them "
+            "out"
+        )
     if isinstance(rewind_epoch, bool) or not isinstance(rewind_epoch, int) or rewind_epoch < 0:
         raise ArgumentError(f"rewind_epoch={rewind_epoch!r} is no epoch; epochs count from 0")
     if rewind_epoch and not (lth or reset_end or save_tickets):
@@ -147,4 +190,8 @@ def request(
         seed,
         keep_zeros,
         skip_frozen,
+        how,
+        as_reduction(reduction),
+        as_normalization(normalization),
+        as_data(data),
     )

@@ -68,6 +68,18 @@ class Voice:
         self.say(str(report))
 
 
+def first_line(method: str, granularity: str, asked: Any) -> str:
+    """What is said before the first epoch.
+
+    Example:
+        >>> first_line("gradual", "weight", 50), first_line("rigl", "weight", 90)
+        ('Pruning of weight until a sparsity of 50%', "Training by method 'rigl' with weight at a sparsity of 90%")
+    """
+    if method == "gradual":
+        return f"Pruning of {granularity} until a sparsity of {asked}%"
+    return f"Training by method {method!r} with {granularity} at a sparsity of {asked}%"
+
+
 def epoch_line(epoch: int, sparsity: float, is_average: bool) -> str:
     """What is said of an epoch.
 
