@@ -121,7 +121,7 @@ INLINE V exponential(V x) {
   return pick(x != x, x, result);
 }
 
-// 1 / x for 1 <= x, finite: a guess by the exponent, and three steps of Newton's, which take less than a division.
+// 1 / x for 1 <= x <= 1e36: a guess by the exponent, and three steps of Newton's, which take less than a division.
 INLINE V inverse(V x) {
   V r = (V)(0x7EF311C7 - (I)x);
   r *= 2.0f - x * r;
@@ -129,7 +129,7 @@ INLINE V inverse(V x) {
   return r * (2.0f - x * r);
 }
 
-INLINE V sigmoid(V x) { return inverse(1.0f + exponential(-x)); }
+INLINE V sigmoid(V x) { return inverse(1.0f + exponential(at_most(-x, 80.0f))); }
 
 INLINE V tangent(V x) {  // tanh
   V e = exponential(2.0f * at_most(at_least(x, -10.0f), 10.0f));
@@ -138,7 +138,7 @@ INLINE V tangent(V x) {  // tanh
 
 // The normal distribution's function, by 1 - erf to 1.5e-7 (Abramowitz and Stegun 7.1.26), which is small where x is.
 INLINE V normal(V x) {
-  V a = pick(x < V{}, -x, x) * 0.70710678f, t = inverse(1.0f + 0.3275911f * at_most(a, 1e6f));
+  V a = pick(x < V{}, -x, x) * 0.70710678f, t = inverse(1.0f + 0.3275911f * at_most(a, 1e19f));
   V p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
   V tail = 0.5f * p * exponential(-a * a);
   return pick(x < V{}, tail, 1.0f - tail);

@@ -11,7 +11,8 @@ from fastai.learner import Learner, Metric
 from torch import Tensor, nn
 
 from gossamer.errors import ArgumentError, StateError
-from gossamer.integrations.fastai.followers import Announcer, KeepSparse, SparsityMetric, Traceless, is_sparsifier
+from gossamer.integrations.fastai.followers import Announcer, SparsityMetric, Traceless, is_sparsifier
+from gossamer.integrations.fastai.keeper import KeepSparse
 from gossamer.integrations.fastai.span import Span, fine_tune_epochs, is_within_fit, next_span
 from gossamer.pruning.pruner import Pruner, as_filter_types
 from gossamer.pruning.report import PruningReport
