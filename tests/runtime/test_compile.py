@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import error, image, sparse_model
+from real_networks import error, image, sparse_model
 from torch import Tensor, nn
 
 from gossamer import ArgumentError, GossamerWarning, Sparsifier, StateError, runtime, save

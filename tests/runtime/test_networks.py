@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import MODELS, error, made
+from real_networks import MODELS, error, made
 from torch import nn
 from torch.fx import GraphModule
 from twins import needs_library
