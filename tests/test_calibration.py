@@ -277,7 +277,7 @@ def test_nothing_of_the_data_is_kept(criterion):
     sparsifier.sparsify_model(50)
     assert sparsifier.evidence._gathered is None
     assert sparsifier.evidence.kept == {}
-    assert vars(CRITERIA[criterion]).keys() == {"func", "name", "elementwise", "needs"}
+    assert vars(CRITERIA[criterion]).keys() == {"func", "name", "elementwise", "magnitude", "needs"}
 
 
 def test_evidence_is_gathered_once_a_move_and_only_where_masks_move():

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <memory>
 #include <vector>
 
 #include "gossamer.h"
@@ -392,15 +393,22 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
     }
     total += n, most = std::max(most, n);
   }
-  auto drop = [&](int64_t g, int32_t with) {
+  std::vector<std::unique_ptr<Job>> jobs;
+  auto find = [&](int64_t g, int32_t with) {
     GossamerGroup& group = groups[g];
     if (group.failed) return;
     try {
-      Job job(group.layers, group.n_layers, group.need, with, *loops);
-      if (!job.find(group.hint)) {
-        group.failed = 3;
-        return;
-      }
+      jobs[size_t(g)] = std::make_unique<Job>(group.layers, group.n_layers, group.need, with, *loops);
+      if (!jobs[size_t(g)]->find(group.hint)) group.failed = 3;
+    } catch (const std::bad_alloc&) {
+      group.failed = 2;
+    }
+  };
+  auto cut = [&](int64_t g) {
+    GossamerGroup& group = groups[g];
+    if (group.failed) return;
+    try {
+      Job& job = *jobs[size_t(g)];
       const double threshold = job.threshold();
       if (!job.cut(threshold)) {
         group.failed = 4;
@@ -415,6 +423,19 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
   };
   // A thread a group, which leaves nothing that others wait for; or all threads in each, where one group is too large.
   if (total < 4 * ITEM) threads = 1;
-  if (most * threads <= total) share(n_groups, threads, [&](int64_t g, int) { drop(g, 1); });
-  else for (int64_t g = 0; g < n_groups; g++) drop(g, threads);
+  const bool apart = most * threads <= total;
+  try {
+    jobs.resize(size_t(n_groups));
+  } catch (const std::bad_alloc&) {
+    for (int64_t g = 0; g < n_groups; g++) groups[g].failed = 2;
+    return;
+  }
+  if (apart) share(n_groups, threads, [&](int64_t g, int) { find(g, 1); });
+  else for (int64_t g = 0; g < n_groups; g++) find(g, threads);
+  // All of them or none, where a score is no number: what is wrong is to be said before anything has changed.
+  const bool is_wrong = std::any_of(groups, groups + n_groups, [](const GossamerGroup& group) { return group.failed == 3; });
+  if (is_wrong)
+    for (int64_t g = 0; g < n_groups; g++) groups[g].failed = std::max(groups[g].failed, 3);
+  if (apart) share(n_groups, threads, [&](int64_t g, int) { cut(g); });
+  else for (int64_t g = 0; g < n_groups; g++) cut(g);
 }

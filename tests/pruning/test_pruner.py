@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from gossamer import CRITERIA, ArgumentError, FileError, Pruner, Sparsifier, StateError, TargetError, load_pruned
+from gossamer.evidence import OF_DATA
 from gossamer.pruning.attention import FewerHeads, loosen
 from gossamer.pruning.surgery import narrow
 from gossamer.storage.states import load_state, save_state
@@ -38,7 +39,16 @@ def test_exactly_as_many_filters_go_as_asked(n, percent):
     assert model(BATCH).shape == (2, 3, 3, 3)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+OF_WEIGHTS = [name for name, criterion in CRITERIA.items() if not OF_DATA & set(criterion.needs)]
+
+
+def test_a_criterion_of_data_is_an_error_that_says_what_to_do():
+    for criterion in set(CRITERIA) - set(OF_WEIGHTS):
+        with pytest.raises(ArgumentError, match=f"'{criterion}' looks at the network's .* and remove them with shrink"):
+            Pruner(chain(16), 40, criteria=criterion, example_inputs=BATCH)
+
+
+@pytest.mark.parametrize("criterion", OF_WEIGHTS)
 def test_the_same_filters_go_that_masks_would_zero(criterion):
     # Criteria of change have seen none yet, so that all tie and the first positions go.
     model = chain(16)

@@ -246,6 +246,7 @@ def test_no_access_outside_and_nothing_undefined(tmp_path: Path) -> None:
     common += [f"-I{_SOURCES}", "-c"]
     isas = list(_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
     jobs = [[*common, str(s), "-o", f"{s.stem}.o"] for s in (*_SOURCES.glob("*.cpp"), tmp_path / "driver.cpp")]
+    jobs = [job for job in jobs if job[-1] not in ("sweep.o", "select.o")]  # a test of their own, below
     for isa in isas:
         lanes, flags = _FLAGS[isa]
         own = [*common, *flags, f"-DGOSSAMER_ISA={isa}", f"-DGOSSAMER_LANES={lanes}"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gossamer.errors import ArgumentError, FileError, StateError, TargetError
-from gossamer.evidence import Evidence, widen
+from gossamer.evidence import OF_DATA, Evidence, widen
 from gossamer.pruning.graph import Group, Member, find_groups
 from gossamer.pruning.inputs import as_inputs, outputs_of, twin_of
 from gossamer.pruning.report import LayerPruning, PruningReport, count_macs, count_params, listed
@@ -88,6 +88,13 @@ class Pruner:
             raise ArgumentError(f"context {str(self.context)!r} is for weights; filters compete 'local' or 'global'")
         if isinstance(sparsity, Mapping) and self.context.kind == "global":
             raise ArgumentError("context='global' takes one sparsity for the whole network, got a dict; use 'local'")
+        wants = [kind for kind in self.criterion.needs if kind in OF_DATA]
+        if wants:
+            raise ArgumentError(
+                f"criterion {self.criterion.name!r} looks at the network's {wants[0]}, which takes data, and Pruner "
+                "gathers none; make filters zero with Sparsifier(model, 'filter', criteria=…, data=…), and remove them "
+                "with shrink"
+            )
         check_round_to(round_to, self.context)
         check_optimizer(optimizer)
         self.total_steps, self.optimizer, self.round_to = checked_steps(total_steps), optimizer, round_to

@@ -133,7 +133,7 @@ INLINE V sigmoid(V x) { return inverse(1.0f + exponential(at_most(-x, 80.0f))); 
 
 INLINE V tangent(V x) {  // tanh
   V e = exponential(2.0f * at_most(at_least(x, -10.0f), 10.0f));
-  return pick(x != x, x, (e - 1.0f) * inverse(e + 1.0f));
+  return pick(x != x, x, (e - 1.0f) / (e + 1.0f));  // exactly 1 far out
 }
 
 // The normal distribution's function, by 1 - erf to 1.5e-7 (Abramowitz and Stegun 7.1.26), which is small where x is.
