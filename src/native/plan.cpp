@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 
 using namespace gossamer;
 
@@ -72,6 +73,21 @@ struct Costs {
   double sums(int32_t t) const { return 5.0 * t * multiply; }
 };
 
+// As few groups of channels as share out evenly, since each reads its blocks anew.
+int32_t groups_for(const GossamerPlan& p, int32_t threads, int64_t tiles) {
+  int32_t groups = 1;
+  while (threads > 1 && groups < p.layer->s.out && tiles * groups < 6 * threads && (tiles * groups) % threads) groups++;
+  return groups;
+}
+
+// What threads that share tiles take: no thread should wait for the last, and each should find in its cache what it wrote
+// in the layer before, which it does where tiles alone are shared out.
+double shared(const GossamerPlan& p, int32_t threads, double cost, int64_t tiles) {
+  if (threads <= 1) return cost;
+  const int64_t groups = groups_for(p, threads, tiles), items = tiles * groups;
+  return cost * double(up(items, threads) * threads) / double(items) * (groups > 1 ? 1.15 : 1.0);
+}
+
 struct Tile {
   const Kernels* kernels = nullptr;
   double cost = 1e300;
@@ -88,7 +104,7 @@ void for_kernels(int32_t isa, F use) {
 }
 
 // How wide and how high a tile is, and of how many images, for the least that is done in vain.
-Tile choose_tile(const GossamerPlan& p, const Phases& phases, int32_t isa) {
+Tile choose_tile(const GossamerPlan& p, const Phases& phases, int32_t isa, int32_t threads) {
   const Shape& s = p.layer->s;
   const double n_planes = double(p.planes.size()) / 3, nonzero = double(p.layer->values.size());
   const double out = s.out;
@@ -121,7 +137,8 @@ Tile choose_tile(const GossamerPlan& p, const Phases& phases, int32_t isa) {
             nonzero * costs.weight(t) + met * costs.row(t, p.n_shifts) + std::max(0.0, met - out) * costs.sums(t) +
             n_planes * block_rows * images * (4 + (s.sx > 1 ? 5.0 : 2.5) * (per_row + halo / 16.0)) +
             out * (20 + tile.rows * images * (3 + 3 * per_row));
-        const double cost = cost_of_tile * tile.across * tile.down * double(up(p.images, images));
+        const int64_t tiles = int64_t(tile.across) * tile.down * up(p.images, images);
+        const double cost = shared(p, threads, cost_of_tile * double(tiles), tiles);
         if (cost < best.cost) {
           tile.cost = cost;
           best = tile;
@@ -141,7 +158,7 @@ Tile choose_tile(const GossamerPlan& p, const Phases& phases, int32_t isa) {
 }
 
 // The same where planes are read where they lie: whether blocks that fit the cache are worth their sums, too.
-Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa) {
+Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t threads) {
   const Shape& s = p.layer->s;
   const double n_planes = double(s.in) * s.groups, nonzero = double(p.layer->values.size()), out = s.out;
   Tile best;
@@ -158,9 +175,10 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa) {
         const double blocks = std::ceil(n_planes / block), met = std::min(out * blocks, nonzero + out);
         if (!cached && n_planes * bytes <= double(machine().l1)) continue;
         const double weight = cached ? costs.weight(int32_t(t)) : costs.far_weight(int32_t(t));
-        const double cost = double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
+        const double alone = double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
                                              std::max(0.0, met - out) * costs.sums(int32_t(t)) +
                                              n_planes * double(t) * 2 + out * (8 + 4.0 * double(t)));
+        const double cost = shared(p, threads, alone, tiles);
         if (cost < best.cost) {
           best.cost = cost;
           best.kernels = kernels;
@@ -276,13 +294,6 @@ void adopt(GossamerPlan& p, const Tile& tile, const Phases& phases) {
   p.cost = tile.cost;
 }
 
-// As few groups of channels as share out evenly, since each reads its blocks anew.
-int32_t groups_for(const GossamerPlan& p, int32_t threads, int64_t tiles) {
-  int32_t groups = 1;
-  while (threads > 1 && groups < p.layer->s.out && tiles * groups < 6 * threads && (tiles * groups) % threads) groups++;
-  return groups;
-}
-
 // Each channel by itself: its plane is copied, padded and taken apart by phases, and each weight meets all of it.
 void plan_planes(GossamerPlan& p, const Phases& phases) {
   const int32_t lanes = p.kernels->lanes, kw = p.layer->s.kw;
@@ -306,7 +317,7 @@ void plan_planes(GossamerPlan& p, const Phases& phases) {
 
 int64_t GossamerPlan::items() const {
   switch (way) {
-    case Way::DEPTHWISE: return images * layer->s.out;
+    case Way::DEPTHWISE: return images * parts * up(layer->s.out, together);
     case Way::TOKENS: return up(layer->s.out, 64);
     case Way::IN_PLACE: return across * int64_t(groups.size());
     default: return along * across * down * int64_t(groups.size());
@@ -390,6 +401,15 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     p->way = Way::DEPTHWISE;
     if (use->isa < 0 && m.costs[0] > 1) p->kernels = m.kernels[1];
     plan_planes(*p, phases);
+    // Parts begin at lines of the cache, since two threads that write to one wait for each other.
+    p->part_rows = p->out_height;
+    if ((p->n_phases == 1 || !p->taps.empty()) && p->images < use->threads) {
+      const int64_t line = 16 / std::gcd(int64_t(p->out_width), int64_t(16));
+      p->part_rows = int32_t(std::min<int64_t>(up(up(p->out_height, use->threads), line) * line, p->out_height));
+    }
+    p->parts = int32_t(up(p->out_height, p->part_rows));
+    const int64_t bytes = int64_t(p->n_phases) * (p->part_rows + p->n_dy - 1) * p->plane_pitch * 4;
+    p->together = int32_t(std::max<int64_t>(1, std::min<int64_t>({8, m.l1 / 2 / bytes, s.out})));
     return p.release();
   }
   std::vector<int32_t> columns;
@@ -400,7 +420,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
   const bool together = p->images == 1 || use->direct & 2;  // images follow each other in a, and in out
   if (pointwise && use->direct & 1 && together && height * width * p->images < INT_MAX) {
     const int64_t pixels = width * p->images;
-    const Tile tile = choose_in_place(*p, pixels, use->isa);
+    const Tile tile = choose_in_place(*p, pixels, use->isa, use->threads);
     adopt(*p, tile, phases);
     p->way = Way::IN_PLACE;
     p->all_vectors = up(pixels, p->kernels->lanes);
@@ -411,7 +431,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     pack(*p, phases, tile.block, 1);
     return p.release();
   }
-  const Tile tile = halo > 255 ? Tile{} : choose_tile(*p, phases, use->isa);
+  const Tile tile = halo > 255 ? Tile{} : choose_tile(*p, phases, use->isa, use->threads);
   if (!tile.kernels) {
     *why = "the kernel is too wide";
     return nullptr;

@@ -67,6 +67,8 @@ struct GossamerPlan {
 
   // Depthwise: each channel meets one input channel, by weights at these offsets.
   int32_t n_phases, plane_pitch;
+  int32_t together;  // planes that are copied before the first is met, since what was just stored is slow to load
+  int32_t parts, part_rows;  // of each plane, so that threads take the same rows in every layer
   std::vector<int32_t> plane_offsets;
   std::vector<int32_t> taps;  // in place: (row, column) that each weight meets
 

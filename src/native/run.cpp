@@ -87,42 +87,44 @@ Copy copy_of(const Run& run, int64_t image) {
   return copy;
 }
 
-void run_plane(const Run& run, int64_t item) {
+void run_planes(const Run& run, int64_t item) {
   const GossamerPlan& p = *run.step.plan;
   const auto& s = p.layer->s;
   static thread_local Scratch planes;
-  const int64_t image = item / s.out, rows = p.out_height + p.n_dy - 1, first = p.layer->starts[item % s.out];
-  const int32_t o = int32_t(item % s.out), c = o / (s.out / s.groups), n = int32_t(p.layer->starts[o + 1] - first);
-  Writer write = writer(run, image, 0);
-  write.rows = p.out_height;
+  const int64_t runs = up(s.out, p.together);
+  const int32_t begin = int32_t(item % runs) * p.together, end = std::min(begin + p.together, s.out);
+  const int32_t part = int32_t(item / runs % p.parts), per_channel = s.out / s.groups;
+  const int64_t image = item / runs / p.parts;
+  const int32_t top = part * p.part_rows, bottom = std::min(top + p.part_rows, p.out_height);
+  const float* weights = p.layer->values.data();
+  const int64_t* starts = p.layer->starts.data();
+  Writer write = writer(run, image, int64_t(top) * p.out_width);
+  write.rows = bottom - top;
   write.columns = p.out_width;
   if (!p.taps.empty()) {
-    const float* weights = p.layer->values.data() + first;
-    return p.kernels->plane_in_place({at(run.a, image, c), weights, p.taps.data() + 2 * first, n, p.height, p.width, s.sy,
-                                      s.sx, o, write});
+    for (int32_t o = begin; o < end; o++)
+      p.kernels->plane_in_place({at(run.a, image, o / per_channel), weights + starts[o], p.taps.data() + 2 * starts[o],
+                                 int32_t(starts[o + 1] - starts[o]), p.height, p.width, s.sy, s.sx, top, o, write});
+    return;
   }
   // Behind the last row, what the kernel reads of rows and columns that it does not write.
-  const int64_t floats = (p.n_phases * rows + 4) * p.plane_pitch + 8 * p.kernels->lanes;
-  float* to = planes.at_least(floats);
+  const int64_t rows = write.rows + p.n_dy - 1, size = (p.n_phases * rows + 4) * p.plane_pitch + 8 * p.kernels->lanes;
+  float* scratch = planes.at_least(size * p.together);
   Copy copy = copy_of(run, image);
   copy.fill = 1;
-  copy.to = to;
-  copy.planes = p.planes.data() + 3 * int64_t(c) * p.n_phases;
   copy.n_planes = p.n_phases;
-  copy.y = p.y_first;
+  copy.y = top + p.y_first;
   copy.x = p.x_first;
   copy.rows = int32_t(rows);
   copy.columns = copy.pitch = p.plane_pitch;
-  p.kernels->copy(copy);
-  Plane a{};
-  a.x = to;
-  a.weights = p.layer->values.data() + first;
-  a.offsets = p.plane_offsets.data() + first;
-  a.n = n;
-  a.pitch = p.plane_pitch;
-  a.channel = o;
-  a.write = write;
-  p.kernels->plane(a);
+  for (int32_t o = begin; o < end; o++) {
+    copy.to = scratch + (o - begin) * size;
+    copy.planes = p.planes.data() + 3 * int64_t(o / per_channel) * p.n_phases;
+    p.kernels->copy(copy);
+  }
+  for (int32_t o = begin; o < end; o++)
+    p.kernels->plane({scratch + (o - begin) * size, weights + starts[o], p.plane_offsets.data() + starts[o],
+                      int32_t(starts[o + 1] - starts[o]), p.plane_pitch, o, write});
 }
 
 Rows rows_of(const GossamerPlan& p, const Group& group) {
@@ -306,7 +308,7 @@ void run_turn(const Run& run, int64_t item, int64_t each) {
 
 void run_layer(const Run& run, int64_t item) {
   switch (run.step.plan->way) {
-    case Way::DEPTHWISE: return run_plane(run, item);
+    case Way::DEPTHWISE: return run_planes(run, item);
     case Way::TOKENS: return run_tokens(run, item);
     case Way::IN_PLACE: return run_in_place(run, item);
     default: return run_tile(run, item);

@@ -72,6 +72,7 @@ struct PlaneInPlace {
   const float *in, *weights;
   const int32_t* taps;     // (row, column) of the pixel that each weight meets, from the output's times the stride
   int32_t n, height, width, stride_y, stride_x;
+  int32_t top;             // the first row that is written
   int32_t channel;
   Writer write;
 };

@@ -82,7 +82,7 @@ struct PlanedInPlace {
         for (int32_t i = 0; i < a.n; i++) {
           const V weight = all(a.weights[i]);
           const int32_t column = first * 2 + a.taps[2 * i + 1];
-          const int32_t top = row * a.stride_y + a.taps[2 * i];
+          const int32_t top = (a.top + row) * a.stride_y + a.taps[2 * i];
           if (top >= 0 && top + (N - 1) * a.stride_y < a.height) {
             const float* x = a.in + int64_t(top) * a.width + column;
             const int64_t apart = int64_t(a.stride_y) * a.width;
