@@ -87,7 +87,8 @@ def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> None:
         measured = _tried(layer, inputs)
         if measured is not None and (measured < _MARGIN if not layer.is_sparse else measured * _MARGIN > 1):
             layer.is_sparse = not layer.is_sparse
-        layer.expected = measured if measured is not None else layer.expected
+        if measured is not None:
+            layer.expected, layer.is_measured = measured, True
 
 
 def _tried(layer: Layer, inputs: tuple[Tensor, ...]) -> float | None:

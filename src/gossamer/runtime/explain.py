@@ -54,8 +54,11 @@ def rows_of(graph: nn.Module, args: tuple[Any, ...]) -> list[PlanRow]:
             if args:
                 around = sum(shares.get(n, 0.0) for n in (node.name, *module.copies()))
                 rows.append(PlanRow(node.name, "copies, and the call", "compiled", "between layouts", None, around))
-        elif isinstance(module, OPERATORS):
+        elif isinstance(module, Layer):
             rows.append(_row(str(node.target), module, shares.get(node.name)))
+        elif isinstance(module, OPERATORS):  # with no sparse layer beside it
+            kind, share = type(module).__name__, shares.get(node.name)
+            rows.append(PlanRow(str(node.target), kind, "torch", "no sparse layer beside it", None, share))
         elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
             rows.append(PlanRow(node.name, str(node.target), "torch", "no kernel", None, shares.get(node.name)))
     return rows
@@ -84,7 +87,7 @@ def _row(name: str, module: nn.Module, share: float | None) -> PlanRow:
     if module.is_depthwise and module.is_sparse:
         why = "a kernel for depthwise layers"
     elif module.expected is not None:
-        why = f"{module.expected:.2f} of the dense time expected"
+        why = f"{module.expected:.2f} of the dense time {'measured' if module.is_measured else 'expected'}"
     elif not module.is_sparse:
         why = "few zeros, or a shape without a kernel"
     else:

@@ -87,6 +87,7 @@ class Layer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().contiguous())
         self.geometry, self.activation, self.add_last, self.is_sparse = geometry, activation, add_last, is_sparse
         self.expected: float | None = None  # of the dense time, by what `choice` knows
+        self.is_measured = False  # whether that was measured
         self._layer: Handle | None = None
         self._plans: OrderedDict[tuple[int, ...], Handle] = OrderedDict()
         self._lock = threading.Lock()

@@ -229,6 +229,7 @@ def _settings(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[
             "add_last": module.add_last,
             "sparse": module.is_sparse,
             "expected": module.expected,
+            "measured": module.is_measured,
         }
     if isinstance(module, MaxPool):
         return {n: getattr(module, n) for n in ("kernel", "stride", "padding", "ceil")}
@@ -378,6 +379,7 @@ def _operator(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Modul
             weight, bias, shape, row["activation"], add_last=bool(row["add_last"]), is_sparse=bool(row["sparse"])
         )
         layer.expected = None if row["expected"] is None else float(row["expected"])
+        layer.is_measured = bool(row["measured"])
         return layer
     if kind == "max_pool":
         pairs = [_numbers(row[n], low) for n, low in (("kernel", 1), ("stride", 1), ("padding", 0))]

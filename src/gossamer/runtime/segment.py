@@ -202,7 +202,7 @@ def signature_of(x: Tensor, is_tokens: bool) -> Signature:
     """What a tensor is to the engine.
 
     Raises:
-        DoesNotFitError: nothing.
+        DoesNotFitError: it has axes that no operator takes.
     """
     if x.ndim == 4 and not is_tokens:
         return Signature(tuple(x.shape))
