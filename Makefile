@@ -15,7 +15,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs serve bench-training bench-selection bench-resume bench-tickets bench-files bench-inference constraints clean distclean
+.PHONY: help setup demo test lint format docs serve bench-training bench-selection bench-resume bench-tickets bench-files bench-inference bench-pruning bench-sensitivity bench-methods constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,15 @@ bench-files: $(STAMP) ## what ResNet-18 takes on disk at each sparsity, and how 
 
 bench-inference: $(STAMP) ## sparse networks beside PyTorch, and ONNX Runtime and OpenVINO where they are installed
 	$(BIN)/python benchmarks/inference.py $(ARGS)
+
+bench-pruning: $(STAMP) ## ResNet-18 with fewer filters: size, speed and accuracy, beside the peers
+	$(BIN)/python benchmarks/pruning.py $(ARGS)
+
+bench-sensitivity: $(STAMP) ## targets from each layer's sensitivity, against uniform and global ones
+	$(BIN)/python benchmarks/sensitivity.py $(ARGS)
+
+bench-methods: $(STAMP) ## accuracy of each method at each sparsity, and one-shot pruning (ARGS='--data FOLDER')
+	$(BIN)/python benchmarks/methods.py $(ARGS)
 
 constraints: $(STAMP) ## resolve constraints.txt anew, for every Python and platform at once
 	{ echo '# Known-good versions of everything that development installs. Made by `make constraints`.'; \

@@ -1,13 +1,11 @@
-"""What the benchmarks share: who runs where, versions, rounds that alternate, a table."""
+"""What the benchmarks share: versions, a table, and from the package who runs where, and rounds that alternate."""
 
 from __future__ import annotations
 
 import gzip
 import importlib
-import importlib.metadata
 import os
 import platform
-import statistics
 import struct
 import sys
 import time
@@ -17,38 +15,22 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
+
+from gossamer.bench import alternating as alternating
+from gossamer.bench import is_installed as is_installed
+from gossamer.bench import machine as machine
+from gossamer.bench import median_ratio as median_ratio
+from gossamer.bench import quartiles as quartiles
+from gossamer.bench import version
 
 PEER = "fasterai"
 PEER_PIN = "fasterai==0.4.1"
 
 
-def machine() -> str:
-    """The CPU's name, its cores that this process may use, and the threads that torch uses."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_name()}, {usable} cores, {torch.get_num_threads()} threads used, {platform.system()}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    simd = {"avx512f", "avx2"} & set(next((line.split() for line in lines if line.startswith("flags")), []))
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} ({'AVX-512' if 'avx512f' in simd else 'AVX2'})" if simd else name
-
-
 def versions(*distributions: str) -> str:
     """Versions of Python and of distributions, those that are not installed named as such."""
-    found = [f"Python {platform.python_version()}"]
-    for name in distributions:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)
+    found = (f"{name} {version(name) or 'not installed'}" for name in distributions)
+    return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 def command() -> str:
@@ -70,15 +52,6 @@ def header(title: str, *distributions: str, peer: bool = True) -> None:
     print(flush=True)
 
 
-def is_installed(distribution: str) -> bool:
-    """Whether a distribution is installed."""
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def peer_module(name: str) -> ModuleType | None:
     """A module of the peer's, or None where it is not installed."""
     return importlib.import_module(f"{PEER}.{name}") if is_installed(PEER) else None
@@ -97,34 +70,6 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """Clocks by name. On a machine that others use too, 'cpu' with one thread leaves out the time that they had."""
-
-
-def alternating(rounds: int, jobs: Mapping[str, Callable[[], float]], warmup: int = 1) -> dict[str, list[float]]:
-    """The seconds that each job says it took, round by round: all jobs in every round, another one first each time.
-
-    Whatever slows the machine for a while then slows all of them.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    names = list(jobs)
-    for i in range(-warmup, rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            took = jobs[name]()
-            if i >= 0:
-                seconds[name].append(took)
-    return seconds
-
-
-def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the rounds of time over base's time of the same round."""
-    return statistics.median(t / b for t, b in zip(times, base, strict=True))
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The lower and the upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -1,8 +1,9 @@
 """Sparse networks on a CPU: Gossamer beside the dense engines, and PyTorch.
 
-Every engine runs the same network, of the same weights, zeros and all, on the same input; each is warmed up, and then
-all take turns, another one first in each round. What is claimed is a ratio: Gossamer against the faster of ONNX Runtime
-and OpenVINO in the same round (against PyTorch alone where neither is installed). Outputs are compared first.
+Every engine runs the same network, of the same weights, zeros and all, on the same input (`gossamer bench` does it for
+any network). What is claimed is a ratio: Gossamer against the faster of ONNX Runtime and OpenVINO in the same round
+(against PyTorch alone where neither is installed). Outputs are compared first. --int8 adds what a user would otherwise
+pick, dense and rounded to 8 bits; it is no rival in the ratio, which is of float32.
 
 Sparsity is the same in every convolution and linear layer, the first one and the last among them unless --dense-ends.
 """
@@ -10,21 +11,19 @@ Sparsity is the same in every convolution and linear layer, the first one and th
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from common import header, is_installed, quartiles, table
-from gossamer import Sparsifier, runtime
+from common import header, quartiles, table
+from gossamer import Sparsifier
+from gossamer.bench import ENGINES, INT8, compare
+
+RIVALS = ("onnxruntime", "openvino")  # dense, float32
 
 TO_REACH = {  # times the best dense engine, at 80, 90 and 95 %
     ("resnet18", 1): (2.0, 3.0, 4.0),
@@ -77,90 +76,28 @@ def example(name: str, batch: int) -> Tensor:
     return torch.randn(batch, 768) if name == "bert_ffn" else torch.randn(batch, 3, 224, 224)
 
 
-def engines(model: nn.Module, x: Tensor, threads: int, folder: Path, inductor: bool) -> dict[str, Callable[[], Any]]:
-    """Name → a call that gives the output as a tensor or array."""
-    found: dict[str, Callable[[], Any]] = {"gossamer": (lambda fast: lambda: fast(x))(runtime.compile(model, x))}
-    found["eager"] = lambda: model(x)
-    if x.ndim == 4:
-        last, x_last = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-        found["channels_last"] = lambda: last(x_last)
-    if inductor:
-        compiled = torch.compile(model)
-        found["inductor"] = lambda: compiled(x)
-    if is_installed("onnx") and is_installed("onnxscript"):
-        path = folder / "model.onnx"
-        torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False)
-        if is_installed("onnxruntime"):
-            found["onnxruntime"] = onnxruntime(path, x, threads)
-        if is_installed("openvino"):
-            found["openvino"] = openvino(path, x, threads)
-    return found
-
-
-def onnxruntime(path: Path, x: Tensor, threads: int) -> Callable[[], Any]:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Threads that spin while others are timed would slow those.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, given)[0]
-
-
-def openvino(path: Path, x: Tensor, threads: int) -> Callable[[], Any]:
-    import openvino as ov
-
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.Core().compile_model(str(path), "CPU", settings)
-    request, data = compiled.create_infer_request(), x.numpy()
-    return lambda: request.infer([data])[compiled.output(0)]
-
-
-def seconds(call: Callable[[], Any], atleast: float = 0.06) -> float:
-    """Of one call, over as many as take a while; the first is not counted, since others have used the caches since."""
-    call()
-    n, began = 0, time.perf_counter()
-    while True:
-        call()
-        n += 1
-        took = time.perf_counter() - began
-        if took > atleast:
-            return took / n
-
-
-def measure(name: str, batch: int, sparsity: float, threads: int, given: argparse.Namespace) -> list[str]:
-    torch.set_num_threads(threads)
+def measure(name: str, batch: int, sparsity: float, threads: int, given: argparse.Namespace) -> tuple[list[str], str]:
+    """A row of the table; and the engines that did not run, with the reason."""
     x, model = example(name, batch), make(name, sparsity, given.dense_ends)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        calls = engines(model, x, threads, Path(folder), given.inductor)
-        want = calls["eager"]()
-        for engine, call in calls.items():
-            off = float((torch.as_tensor(call()) - want).abs().max() / want.abs().max())
-            assert off < 1e-4, f"{engine} is off by {off:.1e}"
-        times: dict[str, list[float]] = {engine: [] for engine in calls}
-        names = list(calls)
-        for i in range(given.rounds):
-            for engine in names[i % len(names) :] + names[: i % len(names)]:
-                times[engine].append(seconds(calls[engine]))
-    rivals = [e for e in ("onnxruntime", "openvino") if e in times] or ["eager"]
-    best = [min(times[e][i] for e in rivals) for i in range(given.rounds)]
+    engines = [e for e in ENGINES if (given.inductor or e != "inductor") and (given.int8 or e not in INT8)]
+    found = compare(model, x, engines=engines, threads=threads, rounds=given.rounds)
+    times = {row.engine: row.seconds for row in found.rows if row.seconds}
+    best = [min(turn) for turn in zip(*(times[e] for e in RIVALS if e in times), strict=True)] or times["eager"]
     ratios = [b / t for b, t in zip(best, times["gossamer"], strict=True)]
     low, high = quartiles(ratios)
     goals = TO_REACH.get((name, batch))
     goal = dict(zip((80, 90, 95), goals, strict=True)).get(int(sparsity)) if goals else None
     ratio = statistics.median(ratios)
     verdict = "" if goal is None else f"{goal:.1f} {'met' if ratio >= goal else 'missed'}"
-    others = [
-        f"{statistics.median(t / g for t, g in zip(times[e], times['gossamer'], strict=True)):.2f}"
-        if e in times
-        else "-"
-        for e in ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
-    ]
-    ms = statistics.median(times["gossamer"]) * 1e3
-    row = [f"{name} b{batch}", f"{sparsity:g} %", str(threads), f"{ms:.2f}", *others]
-    return [*row, f"{ratio:.2f}", f"{low:.2f}..{high:.2f}", verdict]
+    others = [f"{found[e].ratio:.2f}" if e in times else "-" for e in columns(given)]
+    row = [f"{name} b{batch}", f"{sparsity:g} %", str(threads), f"{found['gossamer'].ms:.2f}", *others]
+    missing = "; ".join(f"{r.engine}: {r.note}" for r in found.rows if r.note)
+    return [*row, f"{ratio:.2f}", f"{low:.2f}..{high:.2f}", verdict], missing
+
+
+def columns(given: argparse.Namespace) -> list[str]:
+    """The engines that have a column."""
+    return [e for e in ENGINES if e != "gossamer" and (given.int8 or e not in INT8)]
 
 
 def main() -> None:
@@ -172,19 +109,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dense-ends", action="store_true", help="leave the first and the last layer dense")
     parser.add_argument("--inductor", action="store_true", help="torch.compile too, which takes minutes to compile")
+    parser.add_argument("--int8", action="store_true", help="ONNX Runtime and OpenVINO rounded to 8 bits too")
     given = parser.parse_args()
-    os.environ.setdefault("ORT_LOGGING_LEVEL", "3")
     warnings.filterwarnings("ignore")
-    header("Inference", "torchvision", "onnxruntime", "openvino", peer=False)
+    header("Inference", "torchvision", "onnxruntime", "openvino", *(["nncf"] if given.int8 else []), peer=False)
     print("Times are those of the engine over Gossamer's; above 1 Gossamer is faster.\n")
     rows: list[list[str]] = []
+    said = ""
     for text in given.models:
         name, _, batch = text.partition(":")
         for threads in given.threads:
             for sparsity in given.sparsity:
-                rows.append(measure(name, int(batch or 1), sparsity, threads, given))
-                print(" ".join(rows[-1]), flush=True)
-    names = ("network", "zeros", "threads", "ms", "eager", "channels_last", "inductor", "onnxruntime", "openvino")
+                row, missing = measure(name, int(batch or 1), sparsity, threads, given)
+                rows.append(row)
+                print(" ".join(row), flush=True)
+                if missing != said:
+                    print(f"  ({missing})" if missing else "  (all engines ran)", flush=True)
+                said = missing
+    names = ("network", "zeros", "threads", "ms", *columns(given))
     print("\n" + table((*names, "best dense", "quartiles", "to reach"), rows))
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import header, read_idx, table
-from gossamer.lottery import KINDS, find_ticket
+from gossamer.comparing import KINDS
+from gossamer.lottery import find_ticket
 from gossamer.plots import plot_lottery
 from gossamer.trials import TicketRun
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import random
 import signal
@@ -62,11 +63,10 @@ class KillAt(Callback):
     run_valid = False
 
     def __init__(self, batch: int) -> None:
-        self.left = [batch]  # no plain number: as one it would be taken for progress, and go on with the rest
+        self.left = itertools.count(batch - 1, -1)  # a number would be taken for progress, and go on with the rest
 
     def after_batch(self) -> None:
-        self.left[0] -= 1
-        if self.left[0] == 0:
+        if next(self.left) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -30,7 +30,7 @@ from gossamer.rules.schedules import one_cycle
 from gossamer.sparsifier import Sparsifier
 from gossamer.training import SparseTraining
 
-TARGETS = {"local": 1.06, "global": 1.08}
+TARGETS = {"local": 1.03, "global": 1.03}
 MEMORY_TARGET = 0.26
 POSITIONS = (0.3, 0.43, 0.55)
 SPARSITY = 50

@@ -30,10 +30,26 @@ from mkdocs.structure.files import File, Files
 from mkdocs.utils import get_relative_url
 from torch import nn
 
-from gossamer import CRITERIA, GRANULARITIES, SCHEDULES, Schedule, Sparsifier
+from gossamer import (
+    ACDC,
+    CONTEXTS,
+    CRITERIA,
+    DSD,
+    GRANULARITIES,
+    METHODS,
+    NORMALIZATIONS,
+    REDUCTIONS,
+    SCHEDULES,
+    SET,
+    Method,
+    RigL,
+    Schedule,
+    Sparsifier,
+)
+from gossamer.methods import CosineDecay
 from gossamer.plots import plot_schedule
-from gossamer.rules.criteria import EVIDENCE
-from gossamer.rules.granularity import fits
+from gossamer.rules.criteria import EVIDENCE, OF_DATA, OF_LOSS
+from gossamer.rules.granularity import as_granularity, fits
 from gossamer.targets import AXES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +64,9 @@ AXIS_WORDS = {
     "s": "the kernel",
 }
 
+TUTORIALS = ("tutorial", "pruning-tutorial", "sensitivity-tutorial")
+"""Notebooks that are executed for their pages."""
+
 pictures: dict[str, bytes] = {}
 
 
@@ -55,13 +74,14 @@ pictures: dict[str, bytes] = {}
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pictures, and the tutorial as a page."""
+    """Adds the pictures, and the tutorials as pages."""
     if not pictures:
         draw_everything()
-    markdown, images, executed = tutorial()
     generated: dict[str, str | bytes] = {f"pictures/{name}": content for name, content in pictures.items()}
-    generated |= {f"pictures/{name}": content for name, content in images.items()}
-    generated |= {"tutorial.md": markdown, "tutorial.ipynb": executed}
+    for name in TUTORIALS:
+        markdown, images, executed = tutorial(name)
+        generated |= {f"pictures/{picture}": content for picture, content in images.items()}
+        generated |= {f"{name}.md": markdown, f"{name}.ipynb": executed}
     for name, content in generated.items():
         old = files.get_file_from_path(name)
         if old is not None:
@@ -123,6 +143,11 @@ def granularities(picture: Picture) -> str:
     for name, rule in GRANULARITIES.items():
         drawn = f"granularity-{name}.svg"
         image = picture(drawn, f"mask of granularity {name}", 150) if drawn in pictures else "<em>Conv3d only</em>"
+        if rule.block is not None:
+            o, i = rule.block
+            words = f"{o} output channel{'s' * (o > 1)} × {i} input channel{'s' * (i > 1)}"
+            body.append([f"<code>{name}</code>", f"{words}, at one place in the kernel", words, image])
+            continue
         body.append([f"<code>{name}</code>", spanned(rule.conv), spanned(rule.matrix), image])
     return rows(["Name", "A unit spans, in a convolution", "in Linear, Embedding", "Half of a Conv2d"], body)
 
@@ -160,11 +185,81 @@ def criteria(picture: Picture) -> str:
             f"<code>{name}</code>",
             first_line(rule.func),
             ", ".join(f"<code>{need}</code>" for need in rule.needs),
+            takes(rule.needs),
             picture(f"criterion-{name}.svg", f"what {name} keeps", 110),
         ]
         for name, rule in CRITERIA.items()
     ]
-    return rows(["Name", "Score", "Evidence", "Keeps"], body)
+    return rows(["Name", "Score", "Evidence", "Takes", "Keeps"], body)
+
+
+def takes(needs: tuple[str, ...]) -> str:
+    """What has to be given for evidence."""
+    if OF_LOSS & set(needs):
+        return "data and a loss"
+    if OF_DATA & set(needs):
+        return "data"
+    return "training steps" if "accumulated" in needs else ""
+
+
+def contexts(picture: Picture) -> str:
+    """One row a context, and one for patterns."""
+    body = [
+        [f"<code>{name}</code>", CONTEXT_WORDS[name], picture(f"context-{name}.svg", f"masks of context {name}", 330)]
+        for name in CONTEXTS
+    ]
+    body.append(["<code>2:4</code>, any <code>N:M</code>", CONTEXT_WORDS["n:m"], picture("context-2-4.svg", "", 330)])
+    return rows(["Name", "Counts, and who competes", "Half of two layers, masked"], body)
+
+
+def simple(rules: Any, picture: Picture) -> str:
+    """One row a function."""
+    del picture
+    return rows(["Name", "What it is"], [[f"<code>{n}</code>", first_line(func)] for n, func in rules.items()])
+
+
+def methods(picture: Picture) -> str:
+    """One row a method."""
+    body = [
+        [
+            f"<code>{name}</code>",
+            METHOD_WORDS[name],
+            moves(rule),
+            picture(f"method-{name}.svg", f"{name} over time", 190),
+        ]
+        for name, rule in METHODS.items()
+    ]
+    return rows(["Name", "What it does", "Weights that change places", "Sparsity over training"], body)
+
+
+def moves(method: Method) -> str:
+    """What a method exchanges, in words."""
+    if not isinstance(method.exchange, CosineDecay):
+        return "none"
+    decay = method.exchange
+    return (
+        f"{decay.fraction:.0%} of the kept ones at first, every {decay.every_n_steps} steps, up to {decay.end_pct:.0%} "
+        f"of training; grow by <code>{method.grow.name}</code>"
+    )
+
+
+def everything(picture: Picture) -> str:
+    """All names that the registries hold, an axis a row."""
+    del picture
+    axes: dict[str, tuple[str, Iterable[str]]] = {
+        "<a href='../granularity/'>granularity</a>": ("granularity=", [*GRANULARITIES, "8x1, any A×B"]),
+        "<a href='../context/'>context</a>": ("context=", [*CONTEXTS, "2:4, any N:M"]),
+        "<a href='../criteria/'>criterion</a>": ("criteria=", CRITERIA),
+        "<a href='../criteria/#over-a-unit'>reduction over a unit</a>": ("reduction=", REDUCTIONS),
+        "<a href='../criteria/#between-layers'>normalization across layers</a>": ("normalization=", NORMALIZATIONS),
+        "<a href='../schedules/'>schedule</a>": ("schedule=", SCHEDULES),
+        "<a href='../methods/'>method</a>": ("method=", METHODS),
+    }
+    body = [
+        [axis, f"<code>{argument}</code>", ", ".join(f"<code>{n}</code>" for n in names)]
+        for axis, (argument, names) in axes.items()
+    ]
+    return rows(["Axis", "Argument", "Registered"], body)
 
 
 def evidence(picture: Picture) -> str:
@@ -195,6 +290,30 @@ TABLES: dict[str, Callable[[Picture], str]] = {
     "criteria": criteria,
     "evidence": evidence,
     "schedules": schedules,
+    "contexts": contexts,
+    "reductions": lambda picture: simple(REDUCTIONS, picture),
+    "normalizations": lambda picture: simple(NORMALIZATIONS, picture),
+    "methods": methods,
+    "everything": everything,
+}
+
+CONTEXT_WORDS = {
+    "local": "Every layer meets the target by itself; all of its units compete.",
+    "global": "All units of all layers compete; no layer is emptied while others have something to give.",
+    "output": "Every layer meets the target, and the units of each output channel compete among themselves (Wanda).",
+    "lamp": "As <code>global</code>, with scores made comparable by " + first_line(NORMALIZATIONS["lamp"]),
+    "er": first_line(CONTEXTS["er"].densities),
+    "erk": first_line(CONTEXTS["erk"].densities),
+    "uniform_plus": first_line(CONTEXTS["uniform_plus"].densities),
+    "n:m": "Every M units in a row along the inputs keep N.",
+}
+METHOD_WORDS = {
+    "gradual": "Masks grow along the schedule; what is masked stays masked.",
+    "static": "Masks at the start, by any criterion, and never moved: SNIP, GraSP, SynFlow, or the random baseline.",
+    "rigl": first_line(RigL),
+    "set": first_line(SET),
+    "acdc": first_line(ACDC),
+    "dsd": first_line(DSD),
 }
 
 
@@ -218,6 +337,8 @@ def draw_everything() -> None:
         draw_criterion(name)
     for name, schedule in SCHEDULES.items():
         draw_schedule(name, schedule)
+    for name, method in METHODS.items():
+        draw_schedule(name, method.schedule or SCHEDULES["one_cycle"], "method")
     draw_all_schedules()
     draw_contexts()
 
@@ -235,6 +356,9 @@ def cells(ax: Any, mask: torch.Tensor, x0: float = 0, y0: float = 0) -> None:
 
 def draw_granularity(name: str) -> None:
     """Half of a Conv2d of 4 filters with 4 channels of 3 × 3, masked."""
+    if max(as_granularity(name).block or (0,)) > 4:  # a picture of a single block would say nothing
+        draw_large_blocks(name)
+        return
     conv = nn.Conv2d(4, 4, 3, bias=False)
     with torch.no_grad():
         conv.weight.copy_(torch.rand(conv.weight.shape, generator=torch.Generator().manual_seed(5)) + 0.1)
@@ -250,14 +374,30 @@ def draw_granularity(name: str) -> None:
     save(f"granularity-{name}", figure)
 
 
+def draw_large_blocks(name: str) -> None:
+    """Half of a Linear layer of 48 × 48 weights, masked."""
+    layer = nn.Linear(48, 48, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(6)) + 0.1)
+    Sparsifier(layer, name, layer_type=nn.Linear).sparsify_model(50)
+    figure = Figure(figsize=(2.2, 2.2))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.imshow((layer.weight != 0).detach().numpy(), cmap=matplotlib.colors.ListedColormap([SOFT, INK]), vmin=0, vmax=1)
+    ax.set_axis_off()
+    save(f"granularity-{name}", figure)
+
+
 def draw_criterion(name: str) -> None:
-    """The half that a criterion keeps, over where weights began and where they are now."""
+    """The half that a criterion keeps, over where weights began, or what else it looks at, and where they are now."""
     rule = CRITERIA[name]
+    other = next((need for need in rule.needs if need not in ("weight", "noise")), "initial")
     n, most = 241, 2.4
     line = torch.linspace(-most, most, n)
     now, began = torch.meshgrid(line, line, indexing="ij")
     noise = torch.rand((n, n), generator=torch.Generator().manual_seed(0))
-    scores = rule.score({"weight": now, "initial": began, "previous": began, "noise": noise}).expand(n, n)
+    positive = other in ("gradient_squared", "flow", "input_norm", "input_mean", "input_max")
+    evidence = dict.fromkeys(EVIDENCE, (began + most) / 2 if positive else began) | {"weight": now, "noise": noise}
+    scores = rule.score(evidence).expand(n, n)
     density = torch.exp(-(now**2 + began**2) / 2).reshape(-1)
     order = scores.reshape(-1).argsort()
     threshold = scores.reshape(-1)[order][int((density[order].cumsum(0) < density.sum() / 2).sum())]
@@ -274,16 +414,29 @@ def draw_criterion(name: str) -> None:
         extent=(-1, 1, -1, 1),
     )
     ax.axhline(0, color=ACCENT, lw=0.6)
-    ax.axvline(0, color=ACCENT, lw=0.6)
-    began_word = "w'" if "previous" in rule.needs else "w₀"
-    ax.set_xlabel(began_word, fontsize=9, labelpad=1)
+    ax.axvline(-1 if positive else 0, color=ACCENT, lw=0.6)
+    ax.set_xlabel(SIGNS[other], fontsize=9, labelpad=1)
     ax.set_ylabel("w", fontsize=9, labelpad=1, rotation=0)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     save(f"criterion-{name}", figure)
 
 
-def draw_schedule(name: str, schedule: Schedule) -> None:
+SIGNS = {
+    "initial": "w₀",
+    "previous": "w'",
+    "accumulated": "-Σ w·∂L/∂w",
+    "gradient": "∂L/∂w",
+    "gradient_squared": "(∂L/∂w)²",
+    "hessian_gradient": "H·g",
+    "flow": "∂R/∂|w|",
+    "input_norm": "‖x‖₂",
+    "input_mean": "mean |x|",
+    "input_max": "max |x|",
+}
+
+
+def draw_schedule(name: str, schedule: Schedule, what: str = "schedule") -> None:
     """One small curve."""
     figure = Figure(figsize=(2.4, 1.3), layout="constrained")
     ax = figure.subplots()
@@ -292,7 +445,7 @@ def draw_schedule(name: str, schedule: Schedule) -> None:
     ax.set(xlim=(0, 1.01), ylim=(-0.04, 1.06), xticks=[0, 0.5, 1], yticks=[0, 1])
     ax.tick_params(labelsize=8, length=2)
     ax.spines[["top", "right"]].set_visible(False)
-    save(f"schedule-{name}", figure)
+    save(f"{what}-{name}", figure)
 
 
 def draw_all_schedules() -> None:
@@ -306,8 +459,9 @@ def draw_all_schedules() -> None:
 
 def draw_contexts() -> None:
     """The same two layers, half masked, under each kind of context."""
-    for context in ("local", "global", "2:4"):
-        net = nn.ModuleList([nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False)])
+    for context in (*CONTEXTS, "2:4"):
+        shapes = [(16, 8), (16, 8)] if context not in ("er", "erk", "uniform_plus") else [(8, 8), (20, 8)]
+        net = nn.ModuleList([nn.Linear(*shape, bias=False) for shape in shapes])
         with torch.no_grad():
             for layer, scale in zip(net, (1.0, 0.45), strict=True):
                 random = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(3))
@@ -317,12 +471,16 @@ def draw_contexts() -> None:
         ax = figure.add_axes((0, 0, 1, 1))
         for n, layer in enumerate(net):
             kept = (layer.weight != 0).detach()
-            cells(ax, kept, n * 18, 1.5)
+            left = n * (shapes[0][0] + 2)
+            cells(ax, kept, left, 1.5)
             share = 100 * (1 - kept.float().mean().item())
-            words = "large weights" if n == 0 else "small weights"
-            ax.text(
-                n * 18, 0.9, f"a layer of {words}: {share:.0f} % masked", fontsize=9, color="#333333", va="baseline"
+            words = ("large weights", "small weights") if shapes[0] == shapes[1] else ("8 × 8", "8 × 20")
+            text = (
+                f"{words[n]}: {share:.0f} % masked"
+                if shapes[0] != shapes[1]
+                else f"a layer of {words[n]}: {share:.0f} % masked"
             )
+            ax.text(left, 0.9, text, fontsize=9, color="#333333", va="baseline")
         ax.set(xlim=(-0.3, 34.5), ylim=(9.7, -0.2))
         ax.set_axis_off()
         save(f"context-{context.replace(':', '-')}", figure)
@@ -331,23 +489,23 @@ def draw_contexts() -> None:
 # -- the tutorial -----------------------------------------------------------------------------------------------------
 
 
-def tutorial() -> tuple[str, dict[str, bytes], str]:
-    """The tutorial as a page, its pictures, and the executed notebook; executed anew when it or the package changed."""
-    source = ROOT / "docs" / "tutorial.ipynb"
+def tutorial(name: str) -> tuple[str, dict[str, bytes], str]:
+    """A tutorial as a page, its pictures, and the executed notebook; executed anew when it or the package changed."""
+    source = ROOT / "docs" / f"{name}.ipynb"
     digest = hashlib.sha256()
     cell_sources = [(cell["cell_type"], cell["source"]) for cell in json.loads(source.read_text())["cells"]]
     digest.update(json.dumps(cell_sources).encode())
     for path in sorted((ROOT / "src" / "gossamer").rglob("*.py")):
         digest.update(path.read_bytes())
-    kept = CACHE / f"tutorial-{digest.hexdigest()[:16]}.ipynb"
+    kept = CACHE / f"{name}-{digest.hexdigest()[:16]}.ipynb"
     if not kept.exists():
         text = execute(source)
         CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob("tutorial-*.ipynb"):
+        for old in CACHE.glob(f"{name}-*.ipynb"):
             old.unlink()
         kept.write_text(text)
     text = kept.read_text()
-    return *as_markdown(json.loads(text)), text
+    return *as_markdown(json.loads(text), name), text
 
 
 def execute(path: Path) -> str:
@@ -380,7 +538,7 @@ def execute(path: Path) -> str:
     return nbformat.writes(notebook)
 
 
-def as_markdown(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+def as_markdown(notebook: dict[str, Any], page: str) -> tuple[str, dict[str, bytes]]:
     """A notebook as Markdown, and its pictures."""
     parts: list[str] = []
     images: dict[str, bytes] = {}
@@ -392,11 +550,11 @@ def as_markdown(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         if cell["cell_type"] != "code" or not text.strip():
             continue
         parts.append(f"```python\n{text}\n```")
-        shown = [part for output in joined(cell["outputs"]) if (part := as_output(output, images))]
+        shown = [part for output in joined(cell["outputs"]) if (part := as_output(output, images, page))]
         if shown:
             parts.append('<div class="output" markdown>\n\n' + "\n\n".join(shown) + "\n\n</div>")
     first, *others = parts
-    link = '[The notebook](tutorial.ipynb){ download="tutorial.ipynb" }, as it was executed for this page.'
+    link = f'[The notebook]({page}.ipynb){{ download="{page}.ipynb" }}, as it was executed for this page.'
     return "\n\n".join([first, link, *others]) + "\n", images
 
 
@@ -409,20 +567,20 @@ def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if result and result[-1]["output_type"] == "stream":
                 text = result.pop()["text"] + text
             output = {"output_type": "stream", "text": text}
-        elif not as_output(output, {}):
+        elif not as_output(output, {}, ""):
             continue
         result.append(output)
     return result
 
 
-def as_output(output: dict[str, Any], images: dict[str, bytes]) -> str:
+def as_output(output: dict[str, Any], images: dict[str, bytes], page: str) -> str:
     """One output of a cell as Markdown; nothing where there is nothing to see."""
     if output["output_type"] == "stream":
         text = re.sub(r"\n\n+", "\n", "".join(output["text"])).strip()
         return f"```text\n{text}\n```" if text.strip() else ""
     data = output.get("data", {})
     if "image/png" in data:
-        name = f"tutorial-{len(images) + 1}.png"
+        name = f"{page}-{len(images) + 1}.png"
         images[name] = base64.b64decode("".join(data["image/png"]))
         width = math.ceil(int.from_bytes(images[name][16:20], "big") / 1.25)
         return f'<img class="picture" src="../pictures/{name}" alt="" width="{width}">'

@@ -22,6 +22,19 @@ LAYERS = {
 """One small layer of every type that can be made sparse, with axes of different lengths where it can."""
 
 
+def input_for(layer: nn.Module, n: int = 2) -> Tensor:
+    """A small batch that fits a layer: integers, the same each time."""
+    generator = torch.Generator().manual_seed(7)
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(0, layer.num_embeddings, (n, 3), generator=generator)
+    shape = (
+        [layer.in_features]
+        if isinstance(layer, nn.Linear)
+        else [layer.in_channels, *(k + 1 for k in layer.kernel_size)]
+    )
+    return torch.randint(-1, 2, (n, *shape), generator=generator).to(layer.weight.dtype)
+
+
 def lowest(scores: Sequence[float], among: Sequence[int], n: int) -> list[int]:
     """The n positions of the lowest scores, ties by position."""
     return sorted(among, key=lambda i: (scores[i], i))[:n]
@@ -41,6 +54,19 @@ def split(masked: int, layers: Sequence[Sequence[float]]) -> list[int]:
     """How many of each layer are among the lowest of all, ties in the order of the layers."""
     ranked = sorted((score, i, j) for i, layer in enumerate(layers) for j, score in enumerate(layer))[:masked]
     return [sum(1 for _, i, _ in ranked if i == layer) for layer in range(len(layers))]
+
+
+def bounded_split(
+    masked: int, layers: Sequence[Sequence[float]], least: Sequence[int], most: Sequence[int]
+) -> list[int]:
+    """The same, where each layer gives at least so many and at most so many."""
+    counts = list(least)
+    ranked = sorted((score, i, j) for i, layer in enumerate(layers) for j, score in enumerate(layer))
+    taken = {(i, j) for i, layer in enumerate(layers) for j in lowest(layer, range(len(layer)), least[i])}
+    for _, i, j in ranked:
+        if sum(counts) < masked and counts[i] < most[i] and (i, j) not in taken:
+            counts[i] += 1
+    return counts
 
 
 def set_integers(weight: Tensor, seed: int = 0) -> None:

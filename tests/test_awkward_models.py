@@ -366,7 +366,19 @@ GROUPED = {
     "transposed, depthwise": lambda: nn.ConvTranspose2d(8, 8, 3, groups=8),
 }
 LETTERS = {"transposed, grouped": "giohw", "transposed, depthwise": "giohw"}
-FITTING = [(k, g) for k in GROUPED for g in GRANULARITIES if fits(GRANULARITIES[g], LETTERS.get(k, "oihw"))]
+
+
+def divides(kind: str, granularity: str) -> bool:
+    """Whether the channels of a layer divide into the blocks of a granularity, if it has any."""
+    weight, (o, i) = GROUPED[kind]().weight, GRANULARITIES[granularity].block or (1, 1)
+    outputs, inputs = weight.shape[1::-1] if kind.startswith("transposed") else weight.shape[:2]
+    groups = GROUPED[kind]().groups if kind.startswith("transposed") else 1
+    return outputs % o == 0 and inputs // groups % i == 0
+
+
+FITTING = [
+    (k, g) for k in GROUPED for g in GRANULARITIES if fits(GRANULARITIES[g], LETTERS.get(k, "oihw")) and divides(k, g)
+]
 
 
 def dead_units(weight: torch.Tensor, view: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, int]:
@@ -385,11 +397,11 @@ def test_grouped_convolutions_are_masked_to_the_unit(kind: str, granularity: str
     run = SparseTraining(sparsifier, sgd(model), 50, "lin", 3)
     train(model, run, 3, channels=8)
     (target,) = run.sparsifier.targets
-    dims = GRANULARITIES[granularity].spans(target.axes)
+    _, view, dims = GRANULARITIES[granularity].cut(target.axes, target.view)
     units = target.weight.numel()
     for d in dims:
-        units //= target.view[d]
-    dead, zero = dead_units(target.weight, target.view, dims)
+        units //= view[d]
+    dead, zero = dead_units(target.weight, view, dims)
     assert dead == (units + 1) // 2
     assert zero * units == dead * target.weight.numel()
 
@@ -420,7 +432,7 @@ MAKE = {nn.Conv2d: two_convs, nn.Linear: two_linears}
 
 
 @pytest.mark.parametrize("context", ["local", "global"])
-@pytest.mark.parametrize(("kind", "granularity"), CUTS)
+@pytest.mark.parametrize(("kind", "granularity"), [cut for cut in CUTS if cut[1] != "block_16x16"])
 def test_zeros_of_a_loaded_network_are_kept_at_every_step_of_a_run_to_a_higher_target(
     kind: type[nn.Module], granularity: str, context: str
 ) -> None:

@@ -32,6 +32,7 @@ from gossamer import (
     TargetError,
     report,
 )
+from gossamer.calibration import Calibration
 from gossamer.integrations.fastai import SparsifyCallback
 from gossamer.rules.allocation import Context
 from gossamer.rules.schedules import cos, lin
@@ -48,6 +49,9 @@ class Net(nn.Sequential):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(1, width, 3), nn.Conv2d(width, 8, 3)
         self.flat, self.head = nn.Flatten(), nn.Linear(32, 2)
+
+
+BATCH = torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
 
 
 def conv() -> nn.Module:
@@ -323,7 +327,7 @@ CALLS = [
         TargetError,
         "'0' (Linear)",
         "'kernel'",
-        "All that fit: weight, vector, column, row, filter, layer.",
+        "All that fit: weight, vector, column, row, filter, layer, block_1x4",
     ),
     bad(
         "granularity: an unknown axis", None, lambda _: Granularity("mine", "oz"), ArgumentError, "'mine'", "'z'", "o,"
@@ -333,12 +337,11 @@ CALLS = [
     bad("context: unknown", Net, lambda m: Sparsifier(m, context="glob"), ArgumentError, "'glob'", "'global'", "'2:4'"),
     bad("context: a number", Net, lambda m: Sparsifier(m, context=24), ArgumentError, "24", "'local'", "'2:4'"),
     bad("context: None", Net, lambda m: Sparsifier(m, context=None), ArgumentError, "None", "'local'", "'2:4'"),
-    bad("context: 4:2", conv, lambda m: Sparsifier(m, context="4:2"), ArgumentError, "'4:2'", "less than M"),
+    bad("context: 4:2", conv, lambda m: Sparsifier(m, context="4:2"), ArgumentError, "'4:2'", "at most M"),
     bad("context: 0:4", conv, lambda m: Sparsifier(m, context="0:4"), ArgumentError, "'0:4'", "at least 1"),
-    bad("context: 4:4", conv, lambda m: Sparsifier(m, context="4:4"), ArgumentError, "'4:4'", "less than M"),
     bad("context: 2:4:8", conv, lambda m: Sparsifier(m, context="2:4:8"), ArgumentError, "'2:4:8'", "N:M"),
     bad("context: made by hand", None, lambda _: Context("glob"), ArgumentError, "'glob'", "'local'"),
-    bad("context: n:m made by hand", None, lambda _: Context("n:m", 4, 2), ArgumentError, "4:2", "less than M"),
+    bad("context: n:m made by hand", None, lambda _: Context("n:m", 4, 2), ArgumentError, "4:2", "at most M"),
     bad(
         "context: inputs do not divide",
         Net,
@@ -380,10 +383,92 @@ CALLS = [
     bad(
         "criteria: asks for a gradient",
         Net,
-        lambda m: Sparsifier(m, criteria=lambda weight, gradient: weight),
+        lambda m: Sparsifier(m, criteria=lambda weight, gradients: weight),
         ArgumentError,
-        "'gradient'",
-        "Known: initial, noise, previous, weight",
+        "'gradients'",
+        "Closest: gradient",
+    ),
+    bad("criteria: without data", Net, lambda m: Sparsifier(m, criteria="wanda"), ArgumentError, "'wanda'", "data="),
+    bad(
+        "criteria: without a loss", Net, lambda m: Sparsifier(m, criteria="snip"), ArgumentError, "'snip'", "loss_func="
+    ),
+    bad(
+        "criteria: data without a loss",
+        Net,
+        lambda m: Sparsifier(m, criteria="snip", data=BATCH),
+        ArgumentError,
+        "'snip'",
+        "loss_func=(output, target)",
+    ),
+    # -- data, reduction, normalization
+    bad("data: a number", Net, lambda m: Sparsifier(m, data=3), ArgumentError, "data=3", "a loader"),
+    bad("data: a string", Net, lambda m: Sparsifier(m, data="train"), ArgumentError, "'train'", "a loader"),
+    bad("data: a generator", Net, lambda m: Sparsifier(m, data=iter([BATCH])), ArgumentError, "once only", "a list"),
+    bad("data: none, and a loss", Net, lambda m: Sparsifier(m, loss_func=len), ArgumentError, "without data", "data="),
+    bad("data: empty", Net, lambda m: half(m, criteria="wanda", data=[]), ArgumentError, "no batch", "at least one"),
+    bad(
+        "data: no target",
+        Net,
+        lambda m: half(m, criteria="snip", data=[BATCH[:1]], loss_func=nn.CrossEntropyLoss()),
+        ArgumentError,
+        "without a target",
+        "(input, target)",
+    ),
+    bad(
+        "data: a second loss",
+        Net,
+        lambda m: Sparsifier(m, data=Calibration(m, BATCH), loss_func=len),
+        ArgumentError,
+        "one of its own",
+        "leave it out",
+    ),
+    bad("data: a loss that is none", Net, lambda m: Calibration(m, BATCH, 3), ArgumentError, "loss_func=3", "CrossEnt"),
+    bad("data: for no network", Net, lambda m: Calibration(3, BATCH), ArgumentError, "int", "torch.nn.Module"),
+    bad(
+        "data: a loss of several numbers",
+        Net,
+        lambda m: half(m, criteria="snip", data=BATCH, loss_func=nn.CrossEntropyLoss(reduction="none")),
+        ArgumentError,
+        "shape (2,)",
+        ".mean()",
+    ),
+    bad(
+        "data: nan",
+        Net,
+        lambda m: half(m, criteria="wanda", data=BATCH[0] * math.nan),
+        TargetError,
+        "'conv1'",
+        "nan or infinity",
+        "exclude=['conv1']",
+    ),
+    bad("reduction: unknown", Net, lambda m: Sparsifier(m, reduction="maen"), ArgumentError, "'maen'", "mean"),
+    bad("reduction: None", Net, lambda m: Sparsifier(m, reduction=None), ArgumentError, "reduction=None", "l2"),
+    bad("normalization: unknown", Net, lambda m: Sparsifier(m, normalization="lam"), ArgumentError, "'lam'", "lamp"),
+    bad("normalization: 3", Net, lambda m: Sparsifier(m, normalization=3), ArgumentError, "normalization=3", "lamp"),
+    bad(
+        "iterations: 0",
+        Net,
+        lambda m: Sparsifier(m).sparsify_model(50, iterations=0),
+        ArgumentError,
+        "iterations=0",
+        "1",
+    ),
+    bad(
+        "context: shares that do not add up",
+        Net,
+        lambda m: half(m, context=Context("local", densities=lambda fraction, shapes: [1, 2])),
+        ArgumentError,
+        "[1, 2]",
+        "sum to 324",
+    ),
+    bad(
+        "context: uniform_plus too sparse",
+        Net,
+        lambda m: half(m, 95, context="uniform_plus", layer_type=(nn.Conv2d, nn.Linear)),
+        ArgumentError,
+        "'uniform_plus'",
+        "at most",
+        "'erk'",
     ),
     bad("criteria: no parameter", Net, lambda m: Sparsifier(m, criteria=lambda: 0), ArgumentError, "no argument"),
     bad(
@@ -520,6 +605,7 @@ CALLS = [
         ArgumentError,
         "global",
         "dict",
+        "add '*'",
         "context='local'",
     ),
     bad("sparsity: out of range in a dict", Net, lambda m: half(m, {"conv1": 50, "conv2": 101}), ArgumentError, "101"),
@@ -772,7 +858,7 @@ CALLS = [
         "fastai: a dict, global", None, lambda _: SparsifyCallback({"a": 5}, "weight", "global"), ArgumentError, "local"
     ),
     bad("fastai: granularity", None, lambda _: SparsifyCallback(50, "filtr"), ArgumentError, "'filtr'", "filter"),
-    bad("fastai: context", None, lambda _: SparsifyCallback(50, context="4:2"), ArgumentError, "'4:2'", "less than M"),
+    bad("fastai: context", None, lambda _: SparsifyCallback(50, context="4:2"), ArgumentError, "'4:2'", "at most M"),
     bad("fastai: beyond 2:4", None, lambda _: SparsifyCallback(75, context="2:4"), ArgumentError, "75", "sparsity=50"),
     bad("fastai: criteria", None, lambda _: SparsifyCallback(50, criteria="rand"), ArgumentError, "'rand'", "random"),
     bad("fastai: schedule", None, lambda _: SparsifyCallback(50, schedule="cosine"), ArgumentError, "'cosine'", "cos"),

@@ -60,7 +60,7 @@ RUNNABLE = {str(path.relative_to(ROOT)): blocks for path in PAGES if (blocks := 
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    for registry in ("CRITERIA", "GRANULARITIES", "SCHEDULES"):
+    for registry in ("CRITERIA", "GRANULARITIES", "SCHEDULES", "METHODS", "CONTEXTS"):
         _restore_after(registry, monkeypatch)
     if any("fastai" in block.code or "gossamer.all" in block.code for block in RUNNABLE[page]):
         with warnings.catch_warnings():

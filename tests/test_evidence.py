@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gossamer.evidence import Evidence, ScoresOnDemand, widen
+from gossamer.errors import ArgumentError, StateError
+from gossamer.evidence import Evidence, ScoresOnDemand, StepEvidence, widen
 from gossamer.rules.criteria import CRITERIA, EVIDENCE, Criterion
 
 
@@ -21,7 +22,7 @@ def start(needs: tuple[str, ...], weight: torch.Tensor, seed: int = 0) -> Eviden
 @pytest.mark.parametrize("name", CRITERIA)
 def test_only_what_looks_back_keeps_a_copy(name):
     evidence = Evidence(CRITERIA[name], {"a": torch.ones(3), "b": torch.ones(2)})
-    backward = {"initial", "previous"} & set(CRITERIA[name].needs)
+    backward = {"initial", "previous", "accumulated"} & set(CRITERIA[name].needs)
     assert set(evidence.kept) == backward
     assert set(evidence.state_dict()) == {f"{kind}/{layer}" for kind in backward for layer in "ab"}
 
@@ -102,3 +103,29 @@ def test_half_precision_is_widened_before_arithmetic_makes_ties():
     weight = torch.tensor([1e-4, 2e-4], dtype=torch.float16)
     low, high = ScoresOnDemand(CRITERIA["squared_final"], {"weight": weight})[0:2].tolist()
     assert 0 < low < high
+
+
+def test_what_is_accumulated_is_the_sum_over_the_steps():
+    """Sanh et al. 2020: S = -Σ w · ∂L/∂w, each with the weight of that very step."""
+    weight, expected = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5])), torch.zeros(3)
+    evidence = Evidence(CRITERIA["sanh_movement"], {"a": weight})
+    for step in range(3):
+        weight.grad = torch.tensor([step - 1.0, 2.0, -3.0])
+        expected -= weight.detach() * weight.grad
+        evidence.observe({"a": weight})
+        with torch.no_grad():
+            weight.sub_(0.1 * weight.grad)
+    weight.grad = None
+    evidence.observe({"a": weight})
+    assert torch.equal(evidence.gather("a", weight)["accumulated"], expected)
+
+
+def test_noise_of_a_step_is_that_steps_own():
+    weight = torch.nn.Parameter(torch.ones(50))
+    first, same, other = (StepEvidence(CRITERIA["random"], 0, step).gather("a", weight)["noise"] for step in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    with pytest.raises(StateError, match="'a' has no gradient"):
+        StepEvidence(Criterion(lambda gradient: gradient), 0, 1).gather("a", weight)
+    with pytest.raises(ArgumentError, match="'initial'"):
+        StepEvidence(CRITERIA["large_init"], 0, 1)

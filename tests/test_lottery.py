@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import ArgumentError, FileError, GossamerError, Sparsifier, StateError, TargetError
-from gossamer.lottery import KINDS, TicketSearch, find_ticket
+from gossamer.comparing import KINDS
+from gossamer.lottery import find_ticket
+from gossamer.search import TicketSearch
 from gossamer.storage.tensors import save_tensors
 from gossamer.tickets import load_ticket
 from gossamer.trials import TicketRun, random_mask, reinitialised
@@ -280,6 +283,43 @@ def test_a_seed_gives_the_same_comparison_and_another_seed_another() -> None:
     one, two, other = (search.compare(seed=s, progress=False) for s in (0, 0, 1))
     assert one == two
     assert all(a.score != b.score for a, b in zip(one, other, strict=True) if a.kind != "ticket")
+
+
+def test_an_interrupted_comparison_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = search_of(folder=tmp_path / "whole").compare(progress=False)
+    trainer = Trainer()
+    search = search_of(trainer, folder=tmp_path / "broken")
+    trainer.stop_in = 2
+    with pytest.raises(KeyboardInterrupt):
+        search.compare(progress=False)
+    rest = Trainer()
+    again = search_of(rest, folder=tmp_path / "broken")
+    assert again.compare(progress=False) == whole
+    assert [(kind, round) for kind, round, *_ in rest.starts] == [
+        (kind, round) for round in range(2, len(again.rows)) for kind in ("reinit", "random_mask")
+    ]
+    assert again.compare(progress=False) == whole
+    assert again.compare(seed=1, rounds=1, progress=False) != whole[:3]
+    assert len(rest.starts) == 2 * (len(again.rows) - 2) + 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1}', b"\xff", b"[" * 100_000])
+def test_comparisons_of_another_kind_are_refused(tmp_path: Path, content: bytes) -> None:
+    search = search_of(rounds=2, folder=tmp_path)
+    search.compare(progress=False)
+    path = tmp_path / "comparisons.json"
+    good = path.read_text()
+    path.write_bytes(content)
+    before = copies(search.model)
+    with pytest.raises(FileError, match=r"comparisons\.json.* delete it"):
+        search.compare(progress=False)
+    path.write_text(good.replace('"seed": 0', '"seed": 3'))
+    with pytest.raises(FileError, match="of another search: seed is 3 there and 0 here"):
+        search.compare(progress=False)
+    path.write_text(re.sub(r"-?\d+\.\d+", "NaN", good))
+    with pytest.raises(FileError, match="holds no comparisons"):
+        search.compare(progress=False)
+    assert all(torch.equal(t, before[n]) for n, t in copies(search.model).items())
 
 
 def test_fresh_weights_are_trained_from_step_0_the_others_from_where_the_search_goes_back_to() -> None:

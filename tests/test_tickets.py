@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,50 @@ def lottery(granularity: str = "weight", **adam: object) -> tuple[nn.Sequential,
     optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
     run = SparseTraining(Sparsifier(net, granularity), optimizer, 50, "lin", total_steps=4)
     return net, optimizer, Lottery(run)
+
+
+class AtLine:
+    """Raises what Ctrl-C does at the nth line of what rewinds."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if event == "call" and frame.f_code.co_name not in ("put_weights", "forget"):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def test_a_rewind_that_is_broken_off_leaves_zeros_and_is_made_whole_when_the_next_epoch_begins() -> None:
+    n, whole = 0, False
+    while not whole:
+        n += 1
+        net, optimizer, tickets = lottery()
+        tickets.begin_epoch(0)
+        start = {n: t.clone() for n, t in net.state_dict().items()}
+        for _ in range(4):
+            train(net, optimizer)
+            tickets.run.step()
+        mask = tickets.run.sparsifier.masks["0"]
+        sys.settrace(AtLine(n))
+        try:
+            tickets.rewind()
+            whole = True
+        except KeyboardInterrupt:
+            assert not net[0].weight.detach()[~mask].any(), n
+        finally:
+            sys.settrace(None)
+            torch.set_grad_enabled(True)  # torch's own `with` does not end where it is broken off as it begins
+        tickets.begin_epoch(1)
+        for name, tensor in net.state_dict().items():
+            assert torch.equal(tensor, start[name] * mask if name == "0.weight" else start[name]), (n, name)
+        assert not any(optimizer.state[p] for p in net.parameters()), n
+    assert n > 20
 
 
 @pytest.mark.parametrize("granularity", ["weight", "filter"])

@@ -49,7 +49,7 @@ def test_imports_run_downward_only():
         ("rules/criteria.py", "import gossamer.masks", "imports run downward only"),
         ("rules/selection.py", "import gossamer.rules.allocation", "the rules do not know each other"),
         ("storage/__init__.py", "import gossamer.masks", "storage and the engine stand apart"),
-        ("runtime/operators.py", "import gossamer.sparsifier", "storage and the engine stand apart"),
+        ("runtime/layers.py", "import gossamer.sparsifier", "storage and the engine stand apart"),
     ],
 )
 def test_an_import_through_a_wall_is_noticed(copy, file, line, contract):

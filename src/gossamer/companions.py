@@ -74,10 +74,7 @@ def find_companions(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
         >>> [tuple(p.shape) for p in find_companions(net, {"0": net[0]})["0"]]
         [(4,), (4,), (4,)]
     """
-    norms: dict[nn.Module, list[nn.Module]] = {}
-    for norm, sources in _norm_sources(model).items():
-        if len(sources) == 1 and (layer := next(iter(sources))) is not None:
-            norms.setdefault(layer, []).append(norm)
+    norms = find_norms(model)
     found: dict[str, list[nn.Parameter]] = {}
     for name, layer in layers.items():
         owned: list[Any] = [getattr(layer, "bias", None)]
@@ -85,6 +82,21 @@ def find_companions(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
             owned += [norm.weight, norm.bias]
         found[name] = [p for p in owned if isinstance(p, nn.Parameter)]
     return found
+
+
+def find_norms(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """For each layer, the normalisations that see its output and nothing else.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        >>> find_norms(net)[net[0]] == [net[1]]
+        True
+    """
+    norms: dict[nn.Module, list[nn.Module]] = {}
+    for norm, sources in _norm_sources(model).items():
+        if len(sources) == 1 and (layer := next(iter(sources))) is not None:
+            norms.setdefault(layer, []).append(norm)
+    return norms
 
 
 def _norm_sources(model: nn.Module) -> dict[nn.Module, set[nn.Module | None]]:

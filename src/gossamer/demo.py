@@ -19,12 +19,13 @@ from fastai.torch_core import default_device, set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import vision_learner
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from gossamer.errors import ArgumentError
 from gossamer.integrations.fastai import SparsifyCallback
-from gossamer.plots import plot_sparsity
+from gossamer.paying import Payment, pay, pay_table
+from gossamer.plots import plot_bars, plot_sparsity
 from gossamer.report import report
 from gossamer.rules.allocation import as_fraction
 from gossamer.rules.schedules import cos, one_cycle
@@ -54,14 +55,14 @@ class Result:
 def run_demo(
     data: str = "mnist", epochs: int = 5, sparsity: float = 50, seed: int = 0, out: str | Path = "demo-output"
 ) -> list[Result]:
-    """Trains three times, prints reports and a table, and saves a plot and the numbers.
+    """Trains three times, prints reports and a table, saves and compiles the networks, and prints what that pays.
 
     Args:
         data: 'mnist', 'pets', or a folder with one folder of images for each class.
         epochs: of each training.
         sparsity: percent for the second training; the third spreads targets around it.
         seed: of the weights and the order of the images.
-        out: the folder for `demo.png` and `demo.json`.
+        out: the folder for `demo.png`, `demo.json` and a small file of each network.
 
     Returns:
         One result a training.
@@ -80,14 +81,29 @@ def run_demo(
         ("per layer, cos", per_layer),
     ]
     results: list[Result] = []
+    networks: dict[str, nn.Module] = {}
+    batches: list[tuple[Tensor, Tensor]] = []
     for i, (name, callback) in enumerate(runs):
         print(f"\n[{i + 1}/{len(runs)}] ResNet-18 on {data}: {name}\n", flush=True)
-        results.append(_train(name, data, epochs, seed, callback))
-    print(f"\n{table(results)}\n")
-    (out / "demo.json").write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")
-    _draw(out / "demo.png", uniform, per_layer)
-    print(f"Saved {out / 'demo.png'} and {out / 'demo.json'}")
+        result, learn = _train(name, data, epochs, seed, callback)
+        results.append(result)
+        networks[name] = learn.model.cpu().eval()
+        # fastai's own kinds of tensor are plain again
+        batches = [(x.as_subclass(Tensor).cpu(), y.as_subclass(Tensor).cpu()) for x, y in learn.dls.valid]
+    print(f"\n{table(results)}\n", flush=True)
+    paid = pay(networks, batches, out, sides=dict.fromkeys([batches[0][0].shape[-1], 224]))
+    print(f"{pay_table(paid)}\n")
+    (out / "demo.json").write_text(json.dumps(_numbers(results, paid), indent=2) + "\n")
+    _draw(out / "demo.png", uniform, per_layer, paid)
+    print(f"Saved {out / 'demo.png'}, {out / 'demo.json'} and {', '.join(row.path.name for row in paid)}")
     return results
+
+
+def _numbers(results: list[Result], paid: list[Payment]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(r), "file": p.path.name, "file_bytes": p.nbytes, "engine": p.engine, "ms_an_image": dict(p.ms)}
+        for r, p in zip(results, paid, strict=True)
+    ]
 
 
 def layer_targets(sparsity: float) -> dict[str, float]:
@@ -101,7 +117,7 @@ def layer_targets(sparsity: float) -> dict[str, float]:
     return {name: min(max(sparsity + more, 0), max(sparsity, 99)) for name, more in stages.items()}
 
 
-def _train(name: str, data: str, epochs: int, seed: int, callback: SparsifyCallback | None) -> Result:
+def _train(name: str, data: str, epochs: int, seed: int, callback: SparsifyCallback | None) -> tuple[Result, Any]:
     importlib.import_module("fastai.callback.schedule")  # gives learners their fit_one_cycle
     set_seed(seed, reproducible=True)
     learn: Any = _learner(data, seed)
@@ -111,7 +127,7 @@ def _train(name: str, data: str, epochs: int, seed: int, callback: SparsifyCallb
     seconds = (time.perf_counter() - began) / epochs
     rows = report(learn.model)
     parameters = [p.detach() for p in learn.model.parameters()]
-    return Result(
+    result = Result(
         run=name,
         accuracy=float(learn.validate()[1]),
         sparsity=rows.sparsity,
@@ -119,6 +135,7 @@ def _train(name: str, data: str, epochs: int, seed: int, callback: SparsifyCallb
         params=sum(p.numel() for p in parameters),
         seconds_per_epoch=seconds,
     )
+    return result, learn
 
 
 def _learner(data: str, seed: int) -> Learner:
@@ -187,11 +204,18 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _draw(path: Path, uniform: SparsifyCallback, per_layer: SparsifyCallback) -> None:
+def _draw(path: Path, uniform: SparsifyCallback, per_layer: SparsifyCallback, paid: list[Payment]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2, width_ratios=(1, 1.4))
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(3, 1))
+    upper, lower = halves
+    bars = lower.subplots(1, 1 + len(paid[0].ms))
+    labels = [f"{p.run.split(',')[0]}, {p.engine}" for p in paid]
+    plot_bars(labels, [p.nbytes / 1e6 for p in paid], "MB", bars[0]).set_title("the file", loc="left")
+    for side, ax in zip(paid[0].ms, bars[1:], strict=True):
+        plot_bars(labels, [p.ms[side] for p in paid], "ms", ax).set_title(f"an image of {side}×{side} px", loc="left")
+    axes = upper.subplots(2, 2, width_ratios=(1, 1.4))
     for row, callback in zip(axes, (uniform, per_layer), strict=True):
         name = callback.schedule.name
         callback.plot(row[0]).set_title(f"{name}: over training", loc="left")

@@ -58,3 +58,14 @@ def closest(name: str, options: Iterable[str], most: int = 3) -> str:
         return "There is none to choose from."
     shown = ", ".join(names[:20])
     return f"Known: {shown}{', …' if len(names) > 20 else ''}."
+
+
+def first_line(error: BaseException | None) -> str:
+    """What an error says, in one line.
+
+    Example:
+        >>> first_line(ValueError("no.\\nTraceback…")), first_line(KeyError())
+        ('no.', 'KeyError')
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

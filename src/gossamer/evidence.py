@@ -7,14 +7,17 @@ that look back.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.errors import FileError
-from gossamer.rules.criteria import Criterion
+from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.rules.criteria import OF_DATA, Criterion
+
+Look = Callable[[Sequence[str]], Mapping[str, Mapping[str, Tensor]]]
+"""Kinds of evidence → what data says, by kind and layer."""
 
 
 class Evidence:
@@ -24,6 +27,7 @@ class Evidence:
         criterion: says what is needed.
         weights: layer name → weight, as the run begins.
         seed: of the noise that `random` uses.
+        look: gathers evidence of data, for all layers at once; None where there is no data.
 
     Example:
         >>> from gossamer.rules.criteria import large_final
@@ -31,11 +35,18 @@ class Evidence:
         {'weight': tensor([1., 1.])}
     """
 
-    def __init__(self, criterion: Criterion, weights: Mapping[str, Tensor], seed: int = 0) -> None:
+    def __init__(
+        self, criterion: Criterion, weights: Mapping[str, Tensor], seed: int = 0, look: Look | None = None
+    ) -> None:
         self.criterion = criterion
         self.seed = seed
-        keep = [k for k in ("initial", "previous") if k in criterion.needs]
+        keep = [k for k in ("initial", "previous", "accumulated") if k in criterion.needs]
         self.kept = {kind: {name: w.detach().clone() for name, w in weights.items()} for kind in keep}
+        for name, w in self.kept.get("accumulated", {}).items():
+            self.kept["accumulated"][name] = torch.zeros_like(widen(w))
+        self.look = look
+        self._of_data = [kind for kind in criterion.needs if kind in OF_DATA]
+        self._gathered: Mapping[str, Mapping[str, Tensor]] | None = None
 
     def gather(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Everything that the criterion needs to score a layer, each of the weight's shape and on its device."""
@@ -45,12 +56,53 @@ class Evidence:
                 have[kind] = weight.detach()
             elif kind == "noise":
                 have[kind] = self._noise(name, weight)
+            elif kind in OF_DATA:
+                have[kind] = self._from_data()[kind][name]
             else:
                 stored = self.kept[kind][name]
                 if stored.device != weight.device:
                     self.kept[kind][name] = stored = stored.to(weight.device)
                 have[kind] = stored
         return have
+
+    @property
+    def takes_data(self) -> bool:
+        """Whether data has to be run through the network for this criterion."""
+        return bool(self._of_data)
+
+    def _from_data(self) -> Mapping[str, Mapping[str, Tensor]]:
+        if self._gathered is None:
+            assert self.look is not None
+            self._gathered = self.look(self._of_data)
+        return self._gathered
+
+    def drop(self) -> None:
+        """Forgets what data said, so that it is gathered anew when it is next asked for."""
+        self._gathered = None
+
+    @torch.no_grad()
+    def observe(self, weights: Mapping[str, Tensor]) -> None:
+        """Looks at the gradients of one step, right before the optimizer makes it.
+
+        Args:
+            weights: layer name → weight, with its gradient where it has one.
+        """
+        kept = self.kept.get("accumulated")
+        if kept is None:
+            return
+        sums: list[Tensor] = []
+        parts: list[list[Tensor]] = [[], []]
+        for name, weight in weights.items():
+            if weight.grad is None:
+                continue
+            if kept[name].device != weight.device:
+                kept[name] = kept[name].to(weight.device)
+            gradient = weight.grad.to_dense() if weight.grad.layout != torch.strided else weight.grad
+            sums.append(kept[name])
+            parts[0].append(widen(weight.detach()))
+            parts[1].append(widen(gradient))
+        if sums:
+            torch._foreach_addcmul_(sums, *parts, value=-1)  # pyright: ignore[reportPrivateImportUsage]
 
     def moved(self, name: str, weight: Tensor, changed: bool | Tensor = True) -> None:
         """Takes note of whether a layer's mask has changed (a 0-d tensor where only the device knows)."""
@@ -62,8 +114,11 @@ class Evidence:
     def unchanged(self, name: str, weight: Tensor) -> bool:
         """Whether the criterion measures change and there has been none, so that all its scores tie."""
         for kind, layers in self.kept.items():
-            if kind in self.criterion.needs and not torch.equal(layers[name].to(weight), weight.detach()):
+            same = torch.zeros_like(weight) if kind == "accumulated" else weight.detach()
+            if not torch.equal(layers[name].to(weight), same):
                 return False
+        if "accumulated" in self.kept:
+            return True
         return bool(self.kept) and "weight" in self.criterion.needs
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -91,9 +146,63 @@ class Evidence:
             tensor.copy_(state[key])
 
     def _noise(self, name: str, weight: Tensor) -> Tensor:
-        # From the layer's name and not its place, on the CPU, so that every rank and every resume sees the same.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        return _noise(f"{self.seed}/{name}", weight)
+
+
+def _noise(key: str, weight: Tensor) -> Tensor:
+    # From the layer's name and not its place, on the CPU, so that every rank and every resume sees the same.
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+class StepEvidence:
+    """What is there right before a step of the optimizer: weights, their gradients, and noise of that step's own.
+
+    Args:
+        criterion: says what is needed.
+        seed: of the noise.
+        step: which step it is.
+
+    Raises:
+        ArgumentError: the criterion asks for something else.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2)); weight.sum().backward()
+        >>> StepEvidence(Criterion(lambda gradient: gradient.abs()), seed=0, step=1).gather("a", weight)
+        {'gradient': tensor([1., 1.])}
+    """
+
+    KINDS = ("weight", "gradient", "noise")
+
+    def __init__(self, criterion: Criterion, seed: int, step: int) -> None:
+        odd = next((kind for kind in criterion.needs if kind not in self.KINDS), None)
+        if odd is not None:
+            raise ArgumentError(
+                f"criterion {criterion.name!r} asks for {odd!r}, which is not there at a step; weights that grow are "
+                f"chosen by {', '.join(self.KINDS)}"
+            )
+        self.criterion, self._key = criterion, f"{seed}/{step}"
+
+    def gather(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Everything that the criterion needs to score a layer.
+
+        Raises:
+            StateError: the weight has no gradient.
+        """
+        have: dict[str, Tensor] = {}
+        for kind in self.criterion.needs:
+            if kind == "weight":
+                have[kind] = weight.detach()
+            elif kind == "noise":
+                have[kind] = _noise(f"{self._key}/{name}", weight)
+            elif weight.grad is None:
+                raise StateError(
+                    f"layer {name!r} has no gradient to choose by which weights grow; unfreeze it, leave it out with "
+                    f"exclude=[{name!r}], or use skip_frozen=True"
+                )
+            else:
+                have[kind] = weight.grad.to_dense() if weight.grad.layout != torch.strided else weight.grad
+        return have
 
 
 class ScoresOnDemand:

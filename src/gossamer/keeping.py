@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 
 import torch
@@ -18,7 +18,12 @@ from gossamer.targets import Target
 
 
 def keep_zeros(
-    layers: Layers, context: Context, granularity: str, fractions: Mapping[str, Fraction], round_to: int | None = None
+    layers: Layers,
+    context: Context,
+    granularity: str,
+    fractions: Mapping[str, Fraction],
+    round_to: int | None = None,
+    fixed: Collection[str] = (),
 ) -> int:
     """Masks the units that are zero already, beside those that are masked.
 
@@ -31,6 +36,7 @@ def keep_zeros(
         granularity: its name, for the messages.
         fractions: what the layers are to reach.
         round_to: as in `Mover.move`.
+        fixed: as in `Mover.move`.
 
     Returns:
         How many weights the layers have masked in which any were found; 0 where there are none.
@@ -49,7 +55,7 @@ def keep_zeros(
             continue
         if not torch.count_nonzero(weight) and layer.n_units > 1:
             continue
-        kept = alive.contiguous().view(layer.target.view)
+        kept = alive.contiguous().view(layer.view)
         kept = kept.amax(layer.dims, keepdim=True) if layer.dims else kept
         masked = layer.n_units - int(torch.count_nonzero(kept))
         inside = zeros - masked * (weight.numel() // layer.n_units)
@@ -62,20 +68,20 @@ def keep_zeros(
         if masked > before[name]:
             found[name] = kept, masked
     sizes = {name: (masked, layers[name].n_units) for name, (_, masked) in found.items()}
-    if context.kind == "global":
-        units = sum(layer.n_units for layer in layers.values())
-        fraction = max(fractions.values())
-        masked = sum({**before, **{name: n for name, (n, _) in sizes.items()}}.values())
+    pooled = [name for name in layers if name not in fixed] if context.is_pooled else []
+    if pooled:
+        units = sum(layers[name].n_units for name in pooled)
+        fraction = max(f for name, f in fractions.items() if name in pooled)
+        masked = sum(sizes[name][0] if name in sizes else before[name] for name in pooled)
         if found and _over({"": (masked, units)}, {"": count(fraction, units)}, {"": fraction}, any(before.values())):
-            found = {}
-    else:
-        goals = {
-            name: rounded(count(f, layers[name].n_units), layers[name], round_to)
-            for name, f in fractions.items()
-            if name in sizes
-        }
-        for name in _over(sizes, goals, fractions, any(before.values())):
-            del found[name]
+            found = {name: zeros for name, zeros in found.items() if name not in pooled}
+    goals = {
+        name: rounded(count(f, layers[name].n_units), layers[name], round_to)
+        for name, f in fractions.items()
+        if name in sizes and name not in pooled
+    }
+    for name in _over(sizes, goals, fractions, any(before.values())):
+        del found[name]
     if context.m:
         for name, (kept, _) in found.items():
             _check_blocks(layers[name], kept, context)
@@ -83,7 +89,7 @@ def keep_zeros(
         layer = layers[name]
         layer.masked = layer.floor = masked
         layer.zeros = ~kept
-        layers.masks.replace(name, expand(kept, layer.target.view).view(layer.target.weight.shape))
+        layers.masks.replace(name, expand(kept, layer.view).view(layer.target.weight.shape))
     return sum(layers.masks.masked(name) for name in found)
 
 
@@ -134,7 +140,7 @@ def _over(
 
 
 def _check_blocks(layer: Layer, kept: Tensor, context: Context) -> None:
-    blocks = kept.movedim(layer.target.axes.index("i"), -1).reshape(-1, context.m).sum(1)
+    blocks = kept.movedim(layer.axes.index("i"), -1).reshape(-1, context.m).sum(1)
     if int(blocks.max() - blocks.min()) > 1:
         raise ArgumentError(
             f"layer {layer.target.name!r} has zeros that are not spread evenly over blocks of {context.m}, so "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from gossamer.companions import find_companions
 from gossamer.errors import ArgumentError, TargetError
-from gossamer.evidence import Evidence, ScoresOnDemand, widen
+from gossamer.evidence import Evidence, Look, ScoresOnDemand, widen
 from gossamer.masks import Masks, zero_at, zero_masked
 from gossamer.rules.criteria import Criterion
-from gossamer.rules.granularity import Granularity, expand, output_channels, pool, units_of
+from gossamer.rules.granularity import Granularity, Reduction, expand, output_channels, pool, units_of
+from gossamer.rules.normalization import Normalization
 from gossamer.rules.selection import Candidates, Hint, take
+from gossamer.sweeps import Competition, Units
 from gossamer.targets import Target
 
 StateOf = Callable[[Tensor], Iterable[Tensor]]
@@ -27,7 +30,9 @@ class Layer:
 
     Args:
         target: whose weight it is.
-        dims: axes of the weight's view that a unit spans.
+        axes: letters of the axes that the weight is cut along, blocks as axes of their own.
+        view: their lengths.
+        dims: which of these axes a unit spans.
         n_units: how many units there are.
         masked: how many of them are masked; None where only the device knows.
         floor: how many were zero before, and stay so whatever the schedule says.
@@ -35,6 +40,8 @@ class Layer:
     """
 
     target: Target
+    axes: str
+    view: tuple[int, ...]
     dims: tuple[int, ...]
     n_units: int
     masked: int | None = 0
@@ -52,6 +59,9 @@ class Layers(Mapping[str, Layer]):
         m: length of the blocks that units compete in along the inputs; 0 for none.
         criterion: says how much a unit matters.
         seed: of the criterion 'random'.
+        reduction: how the scores of a unit's weights become one; by default their mean.
+        normalization: what makes scores of different layers comparable; None where layers do not compete.
+        look: gathers evidence of data (see `Evidence`).
 
     Raises:
         TargetError: a layer cannot be cut that way.
@@ -65,12 +75,17 @@ class Layers(Mapping[str, Layer]):
         m: int,
         criterion: Criterion,
         seed: int = 0,
+        *,
+        reduction: Reduction | None = None,
+        normalization: Normalization | None = None,
+        look: Look | None = None,
     ) -> None:
         self.targets, self.criterion = targets, criterion
+        self.reduction, self.normalization = reduction, normalization
         self._layers = {t.name: self._cut(t, granularity, m) for t in targets}
         weights = {t.name: t.weight for t in targets}
         self.masks = Masks(weights)
-        self.evidence = Evidence(criterion, weights, seed)
+        self.evidence = Evidence(criterion, weights, seed, look)
         self._companions = self._find_companions(model)
 
     def __getitem__(self, name: str) -> Layer:
@@ -84,12 +99,13 @@ class Layers(Mapping[str, Layer]):
 
     def _cut(self, target: Target, granularity: Granularity, m: int) -> Layer:
         try:
-            dims = granularity.spans(target.axes)
+            axes, view, dims = granularity.cut(target.axes, target.view)
         except ArgumentError as error:
-            raise TargetError(f"layer {target.name!r} ({target.type}): {error}") from None
-        shape = [1 if i in dims else n for i, n in enumerate(target.view)]
-        layer = Layer(target, dims, int(torch.Size(shape).numel()))
-        inputs = shape[target.axes.index("i")]
+            remedy = "" if "fit" in str(error) else f"; leave it out with exclude=[{target.name!r}]"
+            raise TargetError(f"layer {target.name!r} ({target.type}): {error}{remedy}") from None
+        shape = [1 if i in dims else n for i, n in enumerate(view)]
+        layer = Layer(target, axes, view, dims, int(torch.Size(shape).numel()))
+        inputs = shape[axes.index("i")]
         if m and inputs % m:
             raise TargetError(
                 f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of {m}, "
@@ -97,25 +113,89 @@ class Layers(Mapping[str, Layer]):
             )
         return layer
 
+    @contextlib.contextmanager
+    def scored_by(self, criterion: Criterion | None) -> Generator[None]:
+        """Lets another criterion score for a while; None for the one that there is."""
+        if criterion is None:
+            yield
+            return
+        own = self.criterion, self.evidence
+        weights = {t.name: t.weight for t in self.targets}
+        self.criterion, self.evidence = criterion, Evidence(criterion, weights, own[1].seed, own[1].look)
+        try:
+            yield
+        finally:
+            self.criterion, self.evidence = own
+
     def units(self, layer: Layer) -> Tensor:
         """The mask, one bool a unit."""
         mask = self.masks.on(layer.target.name, layer.target.weight.device)
-        return units_of(mask.view(layer.target.view), layer.dims)
+        return units_of(mask.view(layer.view), layer.dims)
 
     def scores(self, layer: Layer) -> Tensor:
         """How much each unit matters, in the shape of the weight's view, cut."""
         name, weight = layer.target.name, layer.target.weight
         evidence = {k: widen(t) for k, t in self.evidence.gather(name, weight).items()}
-        scores = pool(self.criterion.score(evidence).reshape(layer.target.view), layer.dims)
+        scores = pool(self.criterion.score(evidence).reshape(layer.view), layer.dims, self.reduction)
+        if self.normalization is not None:
+            scores = self.normalization(scores)
         if layer.zeros is None:
             return scores
         return scores.masked_fill(layer.zeros.to(scores.device).view(scores.shape), -torch.inf)
 
     def flat_scores(self, layer: Layer) -> Tensor | ScoresOnDemand:
         """The same, flat; computed slice by slice where that will do."""
-        if not layer.dims and self.criterion.elementwise:
+        if not layer.dims and self.criterion.elementwise and self.normalization is None:
             return ScoresOnDemand(self.criterion, self.evidence.gather(layer.target.name, layer.target.weight))
         return self.scores(layer).reshape(-1)
+
+    def to_drop(
+        self,
+        layers: Sequence[Layer],
+        need: int,
+        hint: Hint | None,
+        state_of: StateOf,
+        least: Sequence[int] = (),
+    ) -> Competition | None:
+        """Layers that compete, for `sweeps.drop`; None where their scores have to be computed piece by piece.
+
+        Args:
+            layers: of which it is known how many units are masked.
+            need: how many units are to go, in all together.
+            hint: from the last time.
+            state_of: further tensors to zero where the weights are.
+            least: how many units each layer must keep; by default none.
+        """
+        units: list[Units] = []
+        for layer, keeps in zip(layers, least or [0] * len(layers), strict=True):
+            name, weight = layer.target.name, layer.target.weight
+            n_kept = layer.n_units - (layer.masked or 0)
+            if self.is_read_from_bits(layer):
+                (scored,) = self.evidence.gather(name, weight).values()
+                mask = self.masks.on(name, weight.device)
+                units.append(Units(scored, True, mask, n_kept, [weight, *state_of(weight)], keeps))
+            elif layer.dims or not self.criterion.elementwise or self.normalization is not None:
+                self.apply(layer, state_of)
+                kept = self.units(layer).reshape(-1).clone()
+                units.append(Units(self.scores(layer).reshape(-1), False, kept, n_kept, (), keeps))
+            else:
+                return None
+        return Competition(units, need, hint)
+
+    def is_read_from_bits(self, layer: Layer) -> bool:
+        """Whether a layer's scores are the magnitudes of single weights, which need not be computed to be compared."""
+        return self.criterion.magnitude and not layer.dims and self.normalization is None
+
+    def dropped(self, layers: Sequence[Layer], competition: Competition, state_of: StateOf) -> None:
+        """Puts masks of units that were dropped in place."""
+        for layer, units in zip(layers, competition.layers, strict=True):
+            if not units.is_magnitude:
+                self.replace(layer, units.kept, state_of)
+
+    @property
+    def has_companions(self) -> bool:
+        """Whether something else dies with a unit."""
+        return any(self._companions.values())
 
     def drop(self, layer: Layer, candidates: Candidates, need: int, state_of: StateOf) -> Hint | None:
         """Masks the candidates that go, and zeroes them; a hint for the next time."""
@@ -140,8 +220,8 @@ class Layers(Mapping[str, Layer]):
     def replace(self, layer: Layer, units: Tensor, state_of: StateOf) -> None:
         """Puts another mask in place, one bool a unit, and zeroes what it masks."""
         target = layer.target
-        cut = [1 if i in layer.dims else n for i, n in enumerate(target.view)]
-        self.masks.replace(target.name, expand(units.reshape(cut), target.view).view(target.weight.shape))
+        cut = [1 if i in layer.dims else n for i, n in enumerate(layer.view)]
+        self.masks.replace(target.name, expand(units.reshape(cut), layer.view).view(target.weight.shape))
         zero_masked([target.weight, *state_of(target.weight)], self.masks[target.name])
 
     def apply(self, layer: Layer, state_of: StateOf) -> None:
@@ -157,7 +237,7 @@ class Layers(Mapping[str, Layer]):
             if name in without:
                 continue
             layer = self[name]
-            channels = output_channels(self.units(layer), layer.target.axes, layer.dims)
+            channels = output_channels(self.units(layer), layer.axes, layer.dims)
             if channels is not None and layer.masked != 0:
                 for parameter in parameters:
                     yield parameter, channels.contiguous()
@@ -168,7 +248,7 @@ class Layers(Mapping[str, Layer]):
             zero_masked([parameter, *state_of(parameter)], channels)
 
     def _find_companions(self, model: nn.Module) -> dict[str, list[nn.Parameter]]:
-        whole = [t for t in self.targets if {t.axes[d] for d in self[t.name].dims} == set(t.axes) - {"g", "o"}]
+        whole = [la.target for la in self.values() if {la.axes[d] for d in la.dims} == set(la.axes) - {"g", "o"}]
         if not whole:
             return {}
         # A weight may serve several layers, and each has a bias and a normalisation of its own.
@@ -199,5 +279,8 @@ class Layers(Mapping[str, Layer]):
                     "restore a checkpoint from before, or lower the learning rate"
                 )
         if not self.criterion.elementwise:  # a function of the user's own may fail at any layer
-            for layer in self.values():
-                self.scores(layer)
+            try:
+                for layer in self.values():
+                    self.scores(layer)
+            finally:
+                self.evidence.drop()

@@ -1,4 +1,4 @@
-"""The search for a lottery ticket: train, mask the least, go back, and again; every round kept and compared.
+"""The search for a lottery ticket, asked for in one call.
 
 Iterative magnitude pruning: Frankle & Carbin 2019 (arXiv:1803.03635); going back to a step after the first: Frankle et
 al. 2020 (arXiv:1912.05671).
@@ -6,80 +6,22 @@ al. 2020 (arXiv:1912.05671).
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-import zlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError, StateError, TargetError, closest
-from gossamer.masks import unpack
-from gossamer.plots import plot_lottery
+from gossamer.errors import ArgumentError
 from gossamer.rules.allocation import Context, as_context
 from gossamer.rules.criteria import Criterion
 from gossamer.rules.granularity import Granularity
-from gossamer.search_rates import after_rounds, check_counts, shares_of
-from gossamer.search_record import Record, Saved, settings_of
+from gossamer.search import TicketSearch
+from gossamer.search_rates import check_counts, shares_of
+from gossamer.search_record import Record, settings_of
 from gossamer.sparsifier import Sparsifier
 from gossamer.targets import LayerTypes
-from gossamer.tickets import Ticket, ticket_of
-from gossamer.trials import TicketRun, put_masks, random_mask, reinitialised
-from gossamer.weights import check_weights, copy_of, not_finite, put_weights
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Train = Callable[[nn.Module, TicketRun], float]
-"""Trains a network in place, from the weights that it has to the end, and returns a score: higher is better."""
-
-KINDS = ("ticket", "reinit", "random_mask")
-"""What can be compared: the ticket; its mask on fresh weights; as many units masked at random, on the same weights."""
-
-
-@dataclass(frozen=True)
-class TicketRow:
-    """One round of a search.
-
-    Args:
-        round: 0 for the dense network.
-        remaining: weights that the masks keep, in percent of those that take part, counted.
-        score: what `train` returned.
-        steps: how many optimizer steps that training took.
-    """
-
-    round: int
-    remaining: float
-    score: float
-    steps: int
-    _make: Callable[[int], Ticket] = field(repr=False, compare=False)
-
-    @property
-    def ticket(self) -> Ticket:
-        """The ticket that was trained, made anew at every call."""
-        return self._make(self.round)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One training of `TicketSearch.compare`.
-
-    Args:
-        kind: 'ticket', 'reinit' or 'random_mask'.
-        round: of the search.
-        remaining: as in `TicketRow`.
-        score: what `train` returned.
-    """
-
-    kind: str
-    round: int
-    remaining: float
-    score: float
+from gossamer.trials import Train
 
 
 def find_ticket(
@@ -161,7 +103,12 @@ def find_ticket(
         raise ArgumentError(
             f"context='{context}' fixes the sparsity, so rounds cannot raise it; use 'local' or 'global'"
         )
-    if rates and as_context(context).kind == "global":
+    if as_context(context).densities is not None:
+        raise ArgumentError(
+            f"context='{as_context(context)}' gives every layer a target of its own, and a search masks a share of "
+            "what is left; use 'local' with rates, or 'global'"
+        )
+    if rates and as_context(context).is_pooled:
         raise ArgumentError(
             "rates cannot be used with context='global', in which all layers share one; give rate alone"
         )
@@ -179,283 +126,5 @@ def find_ticket(
     if folder is not None:
         rest = {"rewind_step": rewind_step, "seed": seed}
         record = Record(Path(folder), settings_of(sparsifier, shares, rest))
-    search._run(rounds, record, progress)
+    search.run(rounds, record, progress)
     return search
-
-
-class TicketSearch:
-    """The rounds of a search, from `find_ticket`.
-
-    Args:
-        model: the network, as `train` is given it.
-        train: as in `find_ticket`.
-        sparsifier: of the network, dense as yet.
-        shares: layer name → fraction of its surviving units that a round masks.
-        rewind_step: as in `find_ticket`.
-
-    Example:
-        >>> def train(model, run):
-        ...     run.step()
-        ...     return 1 - run.round / 10
-        >>> search = find_ticket(nn.Linear(8, 8), train, rounds=3, rate=50, progress=False)
-        >>> print(search)
-        round  remaining %  score  steps
-            0       100.00      1      1
-            1        50.00    0.9      1
-            2        25.00    0.8      1
-            3        12.50    0.7      1
-        >>> search.best(at_most=25).round
-        2
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train: Train,
-        sparsifier: Sparsifier,
-        shares: Mapping[str, Fraction],
-        rewind_step: int,
-    ) -> None:
-        self.rows: list[TicketRow] = []
-        self.model = model
-        self.rewind_step = rewind_step
-        self._sparsifier = sparsifier
-        self._train = train
-        self._shares = shares
-        self._rewind: dict[str, Tensor] = {}
-        self._masks: list[dict[str, Tensor]] = []  # eight to a byte, one dict a round
-
-    def ticket(self, round: int) -> Ticket:
-        """The ticket that a round trained, made anew at every call.
-
-        Args:
-            round: 0 gives the dense network.
-
-        Raises:
-            ArgumentError: there was no such round.
-        """
-        self._use(round)
-        return ticket_of(self._sparsifier, self._rewind)
-
-    def best(self, at_most: float = 100.0) -> TicketRow:
-        """The round with the highest score; the sparser one where two are level.
-
-        Args:
-            at_most: percent of weights that may remain.
-
-        Raises:
-            ArgumentError: every round left more.
-        """
-        rows = [row for row in self.rows if row.remaining <= at_most]
-        if not rows:
-            raise ArgumentError(
-                f"at_most={at_most!r}: the last round has {self.rows[-1].remaining:.2f} % left; ask for that"
-            )
-        return max(rows, key=lambda row: (row.score, row.round))
-
-    def train(self, round: int) -> float:
-        """Trains the ticket of a round again; the network has the trained weights then.
-
-        Args:
-            round: 0 trains the dense network from the weights that tickets go back to.
-
-        Returns:
-            The score, that of the round where `train` gives the same each time.
-
-        Raises:
-            ArgumentError: there was no such round.
-        """
-        return self._score(self._start(self.ticket(round), round, "ticket", self.rewind_step))
-
-    def compare(
-        self,
-        kinds: Sequence[str] = KINDS,
-        rounds: int | Iterable[int] | None = None,
-        *,
-        initialise: Callable[[nn.Module], object] | None = None,
-        seed: int = 0,
-        progress: bool = True,
-    ) -> list[Comparison]:
-        """Trains what tickets are compared with. In the end the network has the weights that it had.
-
-        Args:
-            kinds: out of 'ticket' (not trained again, its score is known), 'reinit' (the same masks on fresh weights,
-                trained from step 0) and 'random_mask' (as many units masked in each layer, at random, on the weights
-                that the ticket goes back to).
-            rounds: which, one or several; by default all but the dense one.
-            initialise: as in `reinitialised`. Needed for a fair comparison where the network began with other weights
-                than its layers' own defaults.
-            seed: of the fresh weights and the random masks; every round draws its own.
-            progress: as in `find_ticket`.
-
-        Returns:
-            One a round and kind.
-
-        Raises:
-            ArgumentError: an unknown kind, no such round, or weights that cannot be initialised.
-        """
-        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        for kind in kinds:
-            if kind not in KINDS:
-                raise ArgumentError(f"kinds: unknown kind {kind!r}. {closest(str(kind), KINDS)}")
-        if rounds is None:
-            rounds = range(1, len(self.rows))
-        jobs = [(round, kind) for round in ((rounds,) if isinstance(rounds, int) else rounds) for kind in kinds]
-        for round, _ in jobs:
-            self._use(round)
-        if "reinit" in kinds and jobs:
-            reinitialised(self._sparsifier, self.ticket(jobs[0][0]), initialise, seed)  # fails before hours of training
-        before = copy_of(self._sparsifier.model)
-        found: list[Comparison] = []
-        try:
-            with _bar(progress, len(jobs), 0) as advance:
-                for round, kind in jobs:
-                    row = self.rows[round]
-                    score = row.score if kind == "ticket" else self._control(kind, round, initialise, seed)
-                    found.append(Comparison(kind, round, row.remaining, score))
-                    advance(f"{kind}, {row.remaining:.1f} %: {score:.5g}")
-        finally:
-            put_weights(self._sparsifier.model, before)
-        return found
-
-    def plot(self, compared: Iterable[Comparison] = (), ax: Axes | None = None) -> Axes:
-        """Draws scores over the weights that remain.
-
-        Args:
-            compared: from `compare`, of one or several seeds; drawn beside the rounds.
-            ax: matplotlib axes to draw on; new ones if not given.
-
-        Returns:
-            The axes.
-        """
-        curves: dict[str, dict[float, list[float]]] = {"ticket": {row.remaining: [row.score] for row in self.rows}}
-        for one in compared:
-            if one.kind != "ticket":
-                curves.setdefault(one.kind.replace("_", " "), {}).setdefault(one.remaining, []).append(one.score)
-        return plot_lottery(curves, ax)
-
-    def to_dict(self) -> list[dict[str, float]]:
-        """The rows, as JSON can hold them."""
-        return [{"round": r.round, "remaining": r.remaining, "score": r.score, "steps": r.steps} for r in self.rows]
-
-    def __str__(self) -> str:
-        head = f"{'round':>5}  {'remaining %':>11}  {'score':>9}  {'steps':>7}"
-        lines = [f"{r.round:>5}  {r.remaining:>11.2f}  {r.score:>9.5g}  {r.steps:>7}" for r in self.rows]
-        return "\n".join([head, *lines])
-
-    # -- searching ----------------------------------------------------------------------------------------------------
-
-    def _run(self, rounds: int, record: Record | None, progress: bool) -> None:
-        sparsifier, model = self._sparsifier, self._sparsifier.model
-        before = copy_of(model)
-        saved = record.load(rounds) if record is not None else None
-        self._rewind = {} if self.rewind_step else before
-        try:
-            if saved is not None:
-                for weights in (saved.trained, saved.rewind):
-                    check_weights(before, weights, f"the search in {str(record.folder)!r}" if record else "the search")
-                sparsifier.load_state_dict(saved.state)
-                put_weights(model, saved.trained)
-                self._rewind, self._masks = saved.rewind, saved.masks
-                self.rows = [TicketRow(**row, _make=self.ticket) for row in saved.rows]
-            with _bar(progress, rounds + 1, len(self.rows)) as advance:
-                for round in range(len(self.rows), rounds + 1):
-                    row = self._round(round)
-                    if record is not None:
-                        record.save_ticket(round, ticket_of(sparsifier, self._rewind))
-                        state = sparsifier.state_dict()
-                        record.save(Saved(self.to_dict(), self._rewind, copy_of(model), state, self._masks))
-                    advance(f"{row.remaining:.1f} % left: {row.score:.5g}")
-        finally:
-            put_weights(model, before)
-
-    def _round(self, round: int) -> TicketRow:
-        if round:
-            self._sparsifier.check_weights()
-            self._sparsifier.move(after_rounds(self._shares, round))
-            run = self._start(ticket_of(self._sparsifier, self._rewind), round, "ticket", self.rewind_step)
-        else:
-            run = TicketRun(self._sparsifier, after_step=self._keep)
-        began = run.steps_done
-        score = self._score(run)
-        self._check_finite(round)
-        if not round and self.rewind_step >= run.steps_done:
-            raise ArgumentError(
-                f"rewind_step={self.rewind_step}, but training has {run.steps_done} steps; use a step before its end"
-            )
-        masks = self._sparsifier.masks
-        total, masked = sum(m.numel() for m in masks.values()), sum(masks.masked(name) for name in masks)
-        row = TicketRow(round, 100 * (total - masked) / total, score, run.steps_done - began, self.ticket)
-        self._masks.append(masks.state_dict())
-        self.rows.append(row)
-        return row
-
-    def _keep(self, run: TicketRun) -> None:
-        if run.steps_done == self.rewind_step:
-            self._rewind = copy_of(self._sparsifier.model)
-
-    def _start(self, ticket: Ticket, round: int, kind: str, steps_done: int) -> TicketRun:
-        return TicketRun(self._sparsifier, ticket, round=round, kind=kind, steps_done=steps_done)
-
-    def _control(self, kind: str, round: int, initialise: Callable[[nn.Module], object] | None, seed: int) -> float:
-        ticket, seed = self.ticket(round), zlib.crc32(f"{seed}/{round}".encode())
-        if kind == "reinit":
-            fresh = reinitialised(self._sparsifier, ticket, initialise, seed)
-            return self._score(self._start(fresh, round, kind, 0))
-        other = random_mask(self._sparsifier, ticket, self._rewind, seed)
-        return self._score(self._start(other, round, kind, self.rewind_step))
-
-    def _score(self, run: TicketRun) -> float:
-        began = run.steps_done
-        given: Any = self._train(self.model, run)
-        try:
-            if isinstance(given, (bool, str)):
-                raise TypeError
-            score = float(given.detach() if isinstance(given, Tensor) else given)
-        except (TypeError, ValueError, RuntimeError):
-            raise ArgumentError(
-                f"train returned {given!r} in round {run.round}; it must return a score, a number that is higher the "
-                "better, such as the accuracy"
-            ) from None
-        if not math.isfinite(score):
-            raise ArgumentError(
-                f"train returned {score} in round {run.round}; a score must be finite. Lower the learning rate"
-            )
-        if run.steps_done == began:
-            raise StateError(
-                "train never called run.step(), so nothing held the masks; call it after every optimizer.step()"
-            )
-        return score
-
-    def _check_finite(self, round: int) -> None:
-        """A network that diverged has nothing to rank, and must not be what a search goes on from."""
-        broken = not_finite(self.model)
-        if broken is not None:
-            raise TargetError(
-                f"train left nan or infinite weights in {broken!r} in round {round}, which is not kept; lower the "
-                "learning rate and search on"
-            )
-
-    def _use(self, round: int) -> None:
-        if isinstance(round, bool) or not isinstance(round, int) or not 0 <= round < len(self._masks):
-            raise ArgumentError(f"there is no round {round!r}; this search has rounds 0 to {len(self._masks) - 1}")
-        shapes = {name: mask.shape for name, mask in self._sparsifier.masks.items()}
-        put_masks(self._sparsifier, {n: unpack(m, shapes[n], n) for n, m in self._masks[round].items()})
-
-
-@contextlib.contextmanager
-def _bar(progress: bool, total: int, done: int) -> Generator[Callable[[str], None]]:
-    tqdm: Any = None
-    if progress:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-    if tqdm is None:
-        yield lambda _: None
-        return
-    with tqdm(total=total, initial=done, unit="training") as bar:
-
-        def advance(text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update()
-
-        yield advance

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer import sweeps
 from gossamer.errors import FileError, closest
 
 _CHUNK = 1 << 18
@@ -122,6 +123,9 @@ def zero_masked(tensors: Iterable[Tensor], mask: Tensor) -> None:
         >>> weight
         tensor([0., 2.])
     """
+    tensors = list(tensors)
+    if sweeps.zero(mask, tensors):
+        return
     bits = [t.detach().view(_BITS[t.element_size()]) for t in tensors]
     if mask.device.type == "cpu" and mask.is_contiguous() and all(t.is_contiguous() for t in bits):
         flat_mask, bits = mask.view(-1), [t.view(-1) for t in bits]

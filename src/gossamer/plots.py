@@ -164,3 +164,78 @@ def plot_lottery(curves: Mapping[str, Mapping[float, Sequence[float]]], ax: Axes
     ax.set(xlabel="weights that remain (%)", ylabel="score")
     ax.legend(frameon=False)
     return ax
+
+
+def plot_sensitivity(
+    layers: Sequence[str], sparsities: Sequence[float], drops: Sequence[Sequence[float]], ax: Axes | None = None
+) -> Axes:
+    """Draws what each layer alone costs at each sparsity, as a heat map with the numbers in it.
+
+    Args:
+        layers: names, drawn from the top down.
+        sparsities: percentages, drawn from left to right.
+        drops: one row a layer, one number a sparsity: by how much the score was worse; nan is left white.
+        ax: matplotlib axes to draw on; new ones if not given.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> ax = plot_sensitivity(["a", "b"], [50, 90], [[0.0, 0.1], [0.2, 0.5]])
+        >>> [t.get_text() for t in ax.get_yticklabels()], len(ax.texts)
+        (['a', 'b'], 4)
+    """
+    ax = _axes(ax, (2.6 + 0.62 * len(sparsities), 0.9 + 0.27 * len(layers)))
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("drops", ["#f4f6f9", "#e9a6ad", _ACCENT, "#6d1626"])
+    highest = max([d for row in drops for d in row if d == d], default=0.0)
+    top = highest if highest > 0 else 1.0
+    image = ax.imshow(drops, cmap=colours, vmin=0, vmax=top, aspect="auto")
+    for y, row in enumerate(drops):
+        for x, drop in enumerate(row):
+            if drop == drop:
+                ink = "white" if drop > 0.55 * top else _INK
+                ax.text(x, y, f"{drop:.2g}", ha="center", va="center", fontsize=7, color=ink)
+    ax.set_xticks(range(len(sparsities)), [f"{s:g}" for s in sparsities], fontsize=8)
+    ax.set_yticks(range(len(layers)), list(layers), fontsize=8)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="sparsity of that layer alone (%)")
+    figure: Any = ax.figure
+    figure.colorbar(image, ax=ax, label="drop of the score", fraction=0.05, pad=0.02).outline.set_visible(False)
+    return ax
+
+
+def plot_bars(labels: Sequence[str], values: Sequence[float], unit: str, ax: Axes | None = None) -> Axes:
+    """Draws values as bars, one below the other; Gossamer's stand out.
+
+    Args:
+        labels: one a bar.
+        values: one a bar, such as the times of `gossamer bench`.
+        unit: of the values.
+        ax: matplotlib axes to draw on; new ones if not given.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> ax = plot_bars(["eager", "gossamer"], [8.0, 2.0], "ms")
+        >>> [text.get_text() for text in ax.texts]
+        ['8.00 ms', '2.00 ms']
+    """
+    ax = _axes(ax, (8, 1.1 + 0.42 * len(labels)))
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    ax.set_axisbelow(True)
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        ax.barh(i, value, color=_ACCENT if "gossamer" in label.lower() else _INK, height=0.66)
+        text = f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+        ax.annotate(text, (value, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.set_yticks(range(len(labels)), list(labels))
+    ax.tick_params(axis="y", length=0)
+    ax.invert_yaxis()
+    ax.set(xlabel=unit, xlim=(0, 1.3 * max(values, default=1)))
+    return ax

@@ -10,6 +10,9 @@ import torch
 
 from gossamer.errors import ArgumentError
 
+GENERATORS = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
+"""What draws random numbers of its own."""
+
 
 def random_state() -> dict[str, Any]:
     """The state of all global generators, as something that `save_state` can write.
@@ -67,17 +70,55 @@ def check_random_state(state: dict[str, Any]) -> None:
 
 
 def generator_state(generator: Any) -> dict[str, Any]:
-    """The state of a `random.Random`, or of Python's global one (the module).
+    """The state of a `random.Random`, of Python's global one (the module), or of a generator of NumPy or PyTorch.
 
     Example:
         >>> own = random.Random(1); before = generator_state(own); drawn = own.random()
         >>> restore_generator(own, before); own.random() == drawn
         True
     """
+    if isinstance(generator, torch.Generator):
+        return {"torch": generator.get_state()}
+    if isinstance(generator, np.random.Generator):
+        return {"numpy": generator.bit_generator.state}
+    if isinstance(generator, np.random.RandomState):
+        return {"numpy": generator.get_state(legacy=False)}
     version, words, gauss = generator.getstate()
     return {"version": version, "words": np.array(words, dtype=np.int64), "gauss": gauss}
 
 
 def restore_generator(generator: Any, state: dict[str, Any]) -> None:
-    """Puts back what `generator_state` took."""
-    generator.setstate((state["version"], tuple(int(w) for w in state["words"]), state["gauss"]))
+    """Puts back what `generator_state` took.
+
+    Raises:
+        KeyError: it is of a generator of another kind.
+    """
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state["torch"])
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state["numpy"]
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state["numpy"])
+    else:
+        generator.setstate((state["version"], tuple(int(w) for w in state["words"]), state["gauss"]))
+
+
+def check_generator_state(state: dict[str, Any]) -> None:
+    """Makes sure that something came from `generator_state`.
+
+    Raises:
+        KeyError: it did not.
+        TypeError: nor is it of its kind.
+
+    Example:
+        >>> check_generator_state({"torch": torch.Generator().get_state()})
+    """
+    if "torch" in state:
+        restore_generator(torch.Generator(), state)
+    elif "numpy" in state:
+        kind: Any = getattr(np.random, state["numpy"]["bit_generator"], None)
+        if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):
+            raise TypeError(f"numpy has no generator {state['numpy']['bit_generator']!r}")
+        kind().state = state["numpy"]
+    else:
+        restore_generator(random.Random(), state)

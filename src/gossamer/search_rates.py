@@ -63,7 +63,7 @@ def check_counts(sparsifier: Sparsifier, shares: Mapping[str, Fraction], rounds:
         ArgumentError: they do not; the message says which layer, and how many rounds it stands.
     """
     units = {name: unit_shape(sparsifier, name).numel() for name in shares}
-    if sparsifier.context.kind == "global":
+    if sparsifier.context.is_pooled:
         units, shares = {"": sum(units.values())}, {"": next(iter(shares.values()))}
     most: dict[str, int] = {}  # rounds that leave something
     for name, n in units.items():
@@ -71,7 +71,7 @@ def check_counts(sparsifier: Sparsifier, shares: Mapping[str, Fraction], rounds:
         most[name] = next(left, rounds)
     name = min(most, key=lambda n: most[n])
     if most[name] < rounds:
-        which = "all layers" if sparsifier.context.kind == "global" else f"layer {name!r}"
+        which = "all layers" if sparsifier.context.is_pooled else f"layer {name!r}"
         fewer = f"use at most {most[name]} rounds, or a lower rate" if most[name] else "use a lower rate"
         raise ArgumentError(
             f"rounds={rounds} at {float(shares[name] * 100):g} % each would mask all {units[name]} units of {which}; "
@@ -93,8 +93,8 @@ def unit_shape(sparsifier: Sparsifier, layer: str) -> torch.Size:
         torch.Size([8, 1, 1, 1])
     """
     target = next(t for t in sparsifier.targets if t.name == layer)
-    dims = sparsifier.granularity.spans(target.axes)
-    return torch.Size(1 if i in dims else n for i, n in enumerate(target.view))
+    _, view, dims = sparsifier.granularity.cut(target.axes, target.view)
+    return torch.Size(1 if i in dims else n for i, n in enumerate(view))
 
 
 def _share(name: str, percent: float) -> Fraction:

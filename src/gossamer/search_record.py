@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from gossamer.errors import FileError
 from gossamer.sparsifier import Sparsifier
-from gossamer.storage.tensors import load_tensors, save_tensors
+from gossamer.storage.tensors import load_tensors, save_tensors, write_whole
 from gossamer.tickets import Ticket
 
 _FORMAT, _VERSION = "gossamer-ticket-search", 1
+_SCORES = "gossamer-ticket-comparisons"
 _ROW = ("remaining", "round", "score", "steps")
 
 
@@ -67,6 +69,7 @@ class Record:
             raise FileError(f"folder={str(folder)!r} is a file; name a folder, which need not be there yet")
         self.folder = folder
         self.path = folder / "search.safetensors"
+        self._scores = folder / "comparisons.json"
         self.settings = settings
 
     def save_ticket(self, round: int, ticket: Ticket) -> None:
@@ -85,6 +88,36 @@ class Record:
             "rows": json.dumps(saved.rows),
         }
         save_tensors(self.path, tensors, metadata)
+
+    def save_scores(self, scores: Mapping[str, float]) -> None:
+        """Writes what comparisons came to, whole or not at all."""
+        content = {"format": _SCORES, "version": _VERSION, "settings": self.settings, "scores": dict(scores)}
+        write_whole(self._scores, json.dumps(content, indent=1).encode())
+
+    def load_scores(self) -> dict[str, float]:
+        """What comparisons came to before: what was trained → its score; empty where there were none.
+
+        Raises:
+            FileError: they are of another search, or the file is not whole.
+        """
+        if not self._scores.exists():
+            return {}
+        try:
+            content: Any = json.loads(self._scores.read_bytes())
+            if content["format"] != _SCORES or content["version"] != _VERSION:
+                raise ValueError
+            settings, scores = dict(content["settings"]), dict(content["scores"])
+            if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in scores.values()):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise FileError(
+                f"{str(self._scores)!r} holds no comparisons of version {_VERSION}; take another copy, or delete it "
+                "and train them again"
+            ) from None
+        difference = _difference(settings, self.settings)
+        if difference:
+            raise FileError(f"{str(self._scores)!r} is of another search: {difference}. Give another folder")
+        return scores
 
     def load(self, rounds: int) -> Saved | None:
         """Where the search stood when it was last saved; None where it has not begun.

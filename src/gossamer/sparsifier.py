@@ -5,22 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.calibration import Calibration, gather
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, TargetError
-from gossamer.evidence import Evidence
+from gossamer.evidence import Evidence, StepEvidence
 from gossamer.keeping import keep_zeros
 from gossamer.layers import Layers, StateOf
 from gossamer.masks import Masks, pack, unpack
 from gossamer.moving import Mover, rounded
 from gossamer.report import SparsityReport, report_of
-from gossamer.rules.allocation import Context, as_context, check_round_to, check_target, count
-from gossamer.rules.criteria import Criterion, as_criterion
-from gossamer.rules.granularity import Granularity, as_granularity, expand, units_of
-from gossamer.targets import AXES, LayerTypes, find_targets, resolve_sparsity, unwrapped
+from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target, count
+from gossamer.rules.criteria import OF_DATA, OF_LOSS, Criterion, as_criterion
+from gossamer.rules.densities import Shape
+from gossamer.rules.granularity import Granularity, Reduction, as_granularity, as_reduction, expand, units_of
+from gossamer.rules.normalization import Normalization, as_normalization, normalize_none
+from gossamer.targets import AXES, LayerTypes, find_targets, match_layers, resolve_sparsity, unwrapped
 
 
 class Sparsifier:
@@ -28,15 +32,22 @@ class Sparsifier:
 
     Args:
         model: the network, or a part of it. Nothing is added to it, ever.
-        granularity: which weights live and die together: a registered name ('weight', 'kernel', 'filter', …) or a
-            `Granularity`.
-        context: which units compete: 'local' (inside each layer), 'global' (across all), or an N:M pattern ('2:4').
+        granularity: which weights live and die together: a registered name ('weight', 'kernel', 'filter', …), the sizes
+            of a block ('16x16') or a `Granularity`.
+        context: which units compete: a registered name ('local', inside each layer; 'global', across all; 'output',
+            'erk', 'lamp', …), an N:M pattern ('2:4') or a `Context`.
         criteria: how much a weight matters: a registered name, a `Criterion`, or a function (`lambda w: w.abs()`).
         layer_type: type of layer that takes part, or a tuple of types.
         exclude: names or patterns of layers that do not.
         seed: of the criterion 'random'.
         skip_frozen: leave the masks of layers whose weights are frozen (`requires_grad` is False) as they are; by
             default frozen layers become sparse too. Looked at anew each time, so an unfrozen layer joins in.
+        reduction: how the scores of a unit's weights become one: 'mean', 'sum', 'l2', 'max', or a function.
+        normalization: how scores of different layers are made comparable where layers compete: 'none', 'sum', 'max',
+            'mean', 'gaussian', 'lamp', or a function. Inside a layer it changes nothing.
+        data: for criteria that look at gradients or activations: batches, see `Calibration`, or a `Calibration` itself
+            where the model is part of a larger network. They are gone through whenever masks move.
+        loss_func: (output, target) → loss, for criteria that look at gradients.
 
     Raises:
         ArgumentError: an argument that cannot be used.
@@ -60,6 +71,10 @@ class Sparsifier:
         exclude: Iterable[str] = (),
         seed: int = 0,
         skip_frozen: bool = False,
+        reduction: str | Reduction = "mean",
+        normalization: str | Normalization = "none",
+        data: Any = None,
+        loss_func: Callable[..., Tensor] | None = None,
     ) -> None:
         self.model = unwrapped(model) if isinstance(model, nn.Module) else model
         self.skip_frozen = skip_frozen
@@ -67,7 +82,24 @@ class Sparsifier:
         self.context = as_context(context)
         self.criterion = as_criterion(criteria)
         self.targets = find_targets(self.model, layer_type, exclude)
-        self._layers = Layers(self.model, self.targets, self.granularity, self.context.m, self.criterion, seed)
+        self.reduction, self.normalization = as_reduction(reduction), as_normalization(normalization)
+        if self.context.normalization:
+            self.normalization = as_normalization(self.context.normalization)
+        self.calibration = _calibration(self.model, data, loss_func)
+        _check_data(self.criterion, self.calibration)
+        self._layers = Layers(
+            self.model,
+            self.targets,
+            self.granularity,
+            self.context.m,
+            self.criterion,
+            seed,
+            reduction=self.reduction,
+            normalization=self.normalization
+            if self.context.is_pooled and self.normalization is not normalize_none
+            else None,
+            look=None if self.calibration is None else partial(gather, self.calibration, self.targets),
+        )
         self._mover = Mover(self._layers, self.context, skip_frozen)
 
     @property
@@ -80,13 +112,18 @@ class Sparsifier:
         """What the criterion may look at."""
         return self._layers.evidence
 
-    def sparsify_model(self, sparsity: float | Mapping[str, float], round_to: int | None = None) -> None:
+    def sparsify_model(
+        self, sparsity: float | Mapping[str, float], round_to: int | None = None, iterations: int = 1
+    ) -> None:
         """Makes every layer as sparse as asked, at once.
 
         Args:
             sparsity: percent of units to mask, or a dict of layer name or pattern → percent (layers that it does not
-                name stay as they are). A global context takes one number.
+                name stay as they are). Where the target is the network's ('global', 'erk', …), the dict fixes the
+                layers that it names, and '*' is what the others reach together.
             round_to: round the units that a layer keeps to the nearest multiple of this; never none.
+            iterations: in how many rounds, each of which scores anew and keeps the same share of what is left
+                (SynFlow takes 100).
 
         Raises:
             ArgumentError: a target that cannot be used or met in this context.
@@ -98,10 +135,38 @@ class Sparsifier:
             >>> int((conv.weight.flatten(1) != 0).any(1).sum())
             8
         """
-        fractions = self.resolve(sparsity, round_to)
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+            raise ArgumentError(f"iterations={iterations!r} is no positive integer; 1 masks all at once")
+        fractions, fixed = self.resolve(sparsity, round_to), self.fixed_layers(sparsity)
         self.check_weights()
         self.warn_unchanged(fractions)
-        self.move(fractions, round_to)
+        for i in range(1, iterations + 1):
+            share = {
+                n: f if i == iterations else 1 - Fraction(float(1 - f) ** (i / iterations))
+                for n, f in fractions.items()
+            }
+            self.move(share, round_to, fixed=fixed)
+        self.warn_thin()
+
+    def warn_thin(self) -> None:
+        """Warns where competing layers have left one of them next to nothing."""
+        if not self.context.is_pooled:
+            return
+        known = {n: (la.n_units - la.masked, la.n_units) for n, la in self._layers.items() if la.masked is not None}
+        share = sum(kept for kept, _ in known.values()) / max(1, sum(units for _, units in known.values()))
+        thin = [
+            f"{name!r} keeps {kept:,} of {units:,}"
+            for name, (kept, units) in known.items()
+            if units > 1 and kept < min(0.005, share / 10) * units
+        ]
+        if thin:
+            warnings.warn(
+                f"context '{self.context}' leaves layers nearly empty: {', '.join(thin)} units of granularity "
+                f"{self.granularity.name!r}; Context('global', ceiling=95) bounds it, or take another "
+                "normalization, or 'local'",
+                GossamerWarning,
+                stacklevel=3,
+            )
 
     def sparsify_layer(self, layer: str | nn.Module, sparsity: float, round_to: int | None = None) -> None:
         """Makes one layer as sparse as asked, at once.
@@ -122,9 +187,9 @@ class Sparsifier:
             >>> [r.zeros for r in sparsifier.report().rows]
             [0, 4]
         """
-        if self.context.kind == "global":
+        if self.context.is_shared:
             raise ArgumentError(
-                "sparsify_layer cannot make one layer compete with all others, as context='global' means; use "
+                f"sparsify_layer cannot make one layer compete with all others, as context='{self.context}' means; use "
                 "context='local', or sparsify_model"
             )
         if isinstance(layer, str):
@@ -161,10 +226,10 @@ class Sparsifier:
             ArgumentError: see `sparsify_model`.
             TargetError: see `sparsify_model`.
         """
-        if isinstance(sparsity, Mapping) and self.context.kind == "global":
+        if isinstance(sparsity, Mapping) and self.context.is_shared and "*" not in sparsity:
             raise ArgumentError(
-                "context='global' takes one sparsity for the whole network, got a dict; use context='local' for a "
-                "target a layer"
+                f"context='{self.context}' shares one target between the layers, got a dict without it; add '*' for "
+                f"what the layers that it does not name reach together, such as {{…, '*': 90}}, or use context='local'"
             )
         for name in sparsity if isinstance(sparsity, Mapping) else ():
             other = dict(self.model.named_modules()).get(name)
@@ -174,9 +239,21 @@ class Sparsifier:
                 if not isinstance(other, tuple(AXES)):
                     remedy = "that has no weight to mask; name a layer that has one"
                 raise TargetError(f"sparsity: layer {name!r} takes no part; it is a {kind}: {remedy}")
-        fractions = resolve_sparsity(sparsity, self._layers)
-        for fraction in fractions.values():
-            check_target(fraction, self.context)
+        fixed = self.fixed_layers(sparsity)
+        if isinstance(sparsity, Mapping) and self.context.is_shared:
+            named = {pattern: percent for pattern, percent in sparsity.items() if pattern != "*"}
+            fractions = dict.fromkeys(self._layers, as_fraction(sparsity["*"]))
+            fractions |= resolve_sparsity(named, self._layers) if named else {}
+        else:
+            fractions = resolve_sparsity(sparsity, self._layers)
+        for name, fraction in fractions.items():
+            check_target(fraction, Context("local") if name in fixed else self.context)
+        shared = [name for name in fractions if name not in fixed]
+        if self.context.densities is not None and shared:
+            shapes = [Shape(la.target.axes, la.target.view, la.n_units) for la in map(self._layers.get, shared) if la]
+            masked = self.context.densities(fractions[shared[0]], shapes)
+            _check_densities(masked, shapes, fractions[shared[0]], self.context)
+            fractions |= {n: Fraction(k, s.units) for n, k, s in zip(shared, masked, shapes, strict=True)}
         check_round_to(round_to, self.context)
         most = max(self._layers[name].n_units for name in fractions)
         if round_to is not None and round_to > most:
@@ -194,6 +271,21 @@ class Sparsifier:
                 stacklevel=3,
             )
         return fractions
+
+    def fixed_layers(self, sparsity: float | Mapping[str, float]) -> frozenset[str]:
+        """The layers that a target names one by one where the others share one.
+
+        Args:
+            sparsity: as in `sparsify_model`.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            >>> Sparsifier(net, context="global", layer_type=nn.Linear).fixed_layers({"1": 50, "*": 80})
+            frozenset({'1'})
+        """
+        if not isinstance(sparsity, Mapping) or not self.context.is_shared:
+            return frozenset()
+        return frozenset(n for p in sparsity if p != "*" for n in match_layers(p, self._layers))
 
     def check_weights(self) -> None:
         """Makes sure that scores can be compared.
@@ -215,7 +307,9 @@ class Sparsifier:
                 stacklevel=3,
             )
 
-    def keep_zeros(self, fractions: Mapping[str, Fraction], round_to: int | None = None) -> int:
+    def keep_zeros(
+        self, fractions: Mapping[str, Fraction], round_to: int | None = None, fixed: Collection[str] = ()
+    ) -> int:
         """Masks the units that are zero already, beside those that are masked: they stay zero, whatever is asked for.
 
         A layer that is zero throughout, as some are when they are made, is not taken for a sparse one.
@@ -223,6 +317,7 @@ class Sparsifier:
         Args:
             fractions: what the layers are to reach, as `resolve` gives it.
             round_to: as in `sparsify_model`.
+            fixed: as `fixed_layers` gives it.
 
         Returns:
             How many weights the layers have masked in which any were found.
@@ -237,13 +332,18 @@ class Sparsifier:
             >>> sparsifier.keep_zeros(sparsifier.resolve(75))
             2
         """
-        n = keep_zeros(self._layers, self.context, self.granularity.name, fractions, round_to)
+        n = keep_zeros(self._layers, self.context, self.granularity.name, fractions, round_to, fixed)
         if n:
             self._mover.forget()
         return n
 
     def move(
-        self, fractions: Mapping[str, Fraction], round_to: int | None = None, state_of: StateOf = lambda _: ()
+        self,
+        fractions: Mapping[str, Fraction],
+        round_to: int | None = None,
+        state_of: StateOf = lambda _: (),
+        fixed: Collection[str] = (),
+        by: Criterion | None = None,
     ) -> None:
         """Moves the masks to a fraction of each layer's units, exactly, and applies them.
 
@@ -251,8 +351,68 @@ class Sparsifier:
             fractions: layer name → fraction of units to mask; layers that it lacks are only masked again.
             round_to: as in `sparsify_model`.
             state_of: further tensors to zero where the weights are.
+            fixed: as `fixed_layers` gives it.
+            by: another criterion, for this once.
         """
-        self._mover.move(fractions, round_to, state_of)
+        with self._layers.scored_by(by):
+            self._mover.move(fractions, round_to, state_of, fixed)
+
+    def exchanged(self, fraction: float, grow: Criterion, step: int, seed: int = 0) -> dict[str, Tensor]:
+        """Masks in which the least important of the kept units have made room for others; `exchange` puts them there.
+
+        Args:
+            fraction: of each layer's kept units, how many go.
+            grow: by what others come, the highest scores first; looks at gradients, weights or noise.
+            step: which step it is, for the noise.
+            seed: of the noise.
+
+        Returns:
+            Layer name → bool, one a unit.
+
+        Raises:
+            ArgumentError: what grows is asked to be chosen by something that a step does not have.
+            StateError: a layer has no gradient, and that is asked for.
+        """
+        return self._mover.exchanged(fraction, grow, StepEvidence(grow, seed, step))
+
+    def exchange(self, masks: Mapping[str, Tensor], state_of: StateOf = lambda _: ()) -> None:
+        """Puts masks in place that `exchanged` gave; what they let grow starts at zero, and so does its state.
+
+        Args:
+            masks: layer name → bool, one a unit.
+            state_of: further tensors to zero where the weights are.
+        """
+        self._mover.replace(masks, state_of)
+
+    def observe(self) -> None:
+        """Looks at the gradients of one step, right before the optimizer makes it."""
+        self.evidence.observe({t.name: t.weight for t in self.targets})
+
+    def check_criterion(self, criterion: Criterion) -> None:
+        """Makes sure that there is data for another criterion.
+
+        Raises:
+            ArgumentError: there is not.
+        """
+        _check_data(criterion, self.calibration)
+
+    def put_mask(self, layer: str, mask: Tensor) -> None:
+        """Puts a mask of single weights in place, and zeroes what it masks.
+
+        Args:
+            layer: its name.
+            mask: bool, True = kept, of the weight's shape; constant over every unit.
+        """
+        own = self._layers[layer]
+        units = units_of(mask.view(own.view), own.dims)
+        self._layers.replace(own, units, lambda _: ())
+        own.masked = own.n_units - int(torch.count_nonzero(units))
+        self._mover.forget()
+
+    @property
+    def has_companions(self) -> bool:
+        """Whether biases and normalisations die with the units."""
+        return self._layers.has_companions
 
     def apply(self, state_of: StateOf = lambda _: (), without: Collection[str] = ()) -> None:
         """Zeroes what the masks mask, in the weights and in further tensors; the masks stay as they are.
@@ -310,8 +470,8 @@ class Sparsifier:
         loaded = Masks({t.name: t.weight for t in self.targets})
         loaded.load_state_dict({n.removeprefix("mask/"): t for n, t in state.items() if n.startswith("mask/")})
         for name, layer in self._layers.items():
-            mask = loaded[name].view(layer.target.view)
-            if not torch.equal(mask, expand(units_of(mask, layer.dims), layer.target.view)):
+            mask = loaded[name].view(layer.view)
+            if not torch.equal(mask, expand(units_of(mask, layer.dims), layer.view)):
                 raise FileError(
                     f"the mask of layer {name!r} cuts through units of granularity {self.granularity.name!r}; use the "
                     "granularity that the state is from"
@@ -336,3 +496,39 @@ class Sparsifier:
             layer.masked = layer.floor = 0
             layer.zeros = None
         self._mover.forget()
+
+
+def _calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] | None) -> Calibration | None:
+    if isinstance(data, Calibration):
+        if loss_func is not None:
+            raise ArgumentError("loss_func beside a Calibration, which has one of its own; leave it out")
+        return data
+    if data is None:
+        if loss_func is not None:
+            raise ArgumentError("loss_func without data; give data=, batches of inputs and targets, too")
+        return None
+    return Calibration(model, data, loss_func)
+
+
+def _check_data(criterion: Criterion, calibration: Calibration | None) -> None:
+    wants = [kind for kind in criterion.needs if kind in OF_DATA]
+    if wants and calibration is None:
+        loss = " and loss_func=" if OF_LOSS & set(wants) else ""
+        raise ArgumentError(
+            f"criterion {criterion.name!r} looks at the network's {wants[0]}, which takes data; give data=, batches of "
+            f"inputs{' and targets,' if loss else ''}{loss}"
+        )
+    if OF_LOSS & set(wants) and calibration is not None and calibration.loss_func is None:
+        raise ArgumentError(
+            f"criterion {criterion.name!r} looks at the {wants[0]} of a loss; give loss_func=(output, target) → loss"
+        )
+
+
+def _check_densities(masked: list[int], shapes: list[Shape], fraction: Fraction, context: Context) -> None:
+    goal = count(fraction, sum(s.units for s in shapes))
+    good = isinstance(masked, list) and len(masked) == len(shapes)
+    if not good or sum(masked) != goal or any(not 0 <= n <= s.units for n, s in zip(masked, shapes, strict=True)):
+        raise ArgumentError(
+            f"context '{context}' gives its layers {masked!r} units to mask, and they are to be {len(shapes)} whole "
+            f"numbers that sum to {goal}, each between 0 and the layer's own"
+        )

@@ -292,11 +292,14 @@ class Lottery:
             StateError: there is no snapshot.
         """
         self._need_snapshot()
-        self._is_due = False
+        self._is_due = True  # Ctrl-C in the midst leaves the rest to the next epoch
         model = self.run.sparsifier.model
-        put_weights(model, self._weights)
-        forget(self.run.optimizer, model.parameters())
-        self.run.hold()
+        try:
+            put_weights(model, self._weights)
+            forget(self.run.optimizer, model.parameters())
+        finally:
+            self.run.hold()
+        self._is_due = False
 
     def ticket(self) -> Ticket:
         """The masks as they are now, on the weights of the snapshot.

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import contextlib
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from gossamer.errors import ArgumentError, FileError, StateError
 from gossamer.keeping import has_zeros_beside
 from gossamer.masks import pack, unpack
+from gossamer.methods import Exchange, Method, as_method, gradual
 from gossamer.report import SparsityReport
-from gossamer.rules.criteria import Criterion
-from gossamer.rules.schedules import Schedule, as_schedule
+from gossamer.rules.criteria import CRITERIA, EVIDENCE, Criterion
+from gossamer.rules.granularity import REDUCTIONS
+from gossamer.rules.normalization import NORMALIZATIONS
+from gossamer.rules.schedules import SCHEDULES, Schedule, as_schedule
 from gossamer.sparsifier import Sparsifier
 
 _VERSION = 1
@@ -36,7 +43,8 @@ def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Ten
         optimizer: a torch.optim.Optimizer, a fastai Optimizer or OptimWrapper, or None.
 
     Returns:
-        Parameter → its floating-point state tensors of its own shape (momentum, moments); a scalar step is none.
+        Parameter → its floating-point state tensors of its own shape (momentum, moments, the slow weights of
+        Lookahead); a scalar step is none.
 
     Example:
         >>> p = torch.nn.Parameter(torch.ones(2))
@@ -47,9 +55,10 @@ def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Ten
     if optimizer is None:
         return lambda _: []
     state: Mapping[Tensor, Mapping[str, Any]] = getattr(optimizer, "opt", optimizer).state
+    slow = dict(_slow_weights(optimizer))
 
     def tensors_of(parameter: Tensor) -> list[Tensor]:
-        entries = state[parameter].values() if parameter in state else ()
+        entries = [*(state[parameter].values() if parameter in state else ()), slow.get(parameter)]
         return [
             v
             for v in entries
@@ -57,6 +66,15 @@ def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Ten
         ]
 
     return tensors_of
+
+
+def _slow_weights(optimizer: HasState) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters with the averages that fastai's Lookahead keeps of them, and writes back every few steps."""
+    # In vars, since Lookahead passes on to the optimizer inside whatever is asked of it.
+    groups: Iterable[Iterable[Tensor]] | None = getattr(optimizer, "__dict__", {}).get("slow_weights")
+    if groups is not None:
+        for fast_group, slow_group in zip(cast(Any, optimizer).param_lists, groups, strict=True):
+            yield from zip(fast_group, slow_group, strict=True)
 
 
 class SparseTraining:
@@ -69,15 +87,21 @@ class SparseTraining:
         sparsifier: says which weights, and how they are chosen.
         optimizer: whose state is kept zero under the masks; None where there is none.
         sparsity: percent to reach, or a dict of layer name or pattern → percent.
-        schedule: how progress goes from 0 to 1: a registered name, a `Schedule`, or a function.
+        schedule: how progress goes from 0 to 1: a registered name, a `Schedule`, or a function; by default the method's
+            own, or 'one_cycle'.
         total_steps: how many optimizer steps the run has; needed where `step` is called without a position.
         round_to: round the units that a layer keeps to the nearest multiple of this.
         keep_zeros: whether units that are zero already, as in a network that was made sparse before, stay zero from
             the first step on; `restart` looks for more of them. A layer that is zero throughout is not taken for a
-            sparse one.
+            sparse one. With a method that lets weights grow they may grow too, and the first masks are chosen there.
+        method: how masks move, but for how much: a registered name, what `RigL`, `SET`, `ACDC` or `DSD` give, a
+            `Method`, or a function (step, position) → share of the kept units to exchange.
+        begins: whether masks that belong before the first step ('constant', and so 'static', 'rigl', 'set') are put in
+            place now; else `begin` does it.
 
     Raises:
-        ArgumentError: an argument that cannot be used, or a target below the zeros that are there.
+        ArgumentError: an argument that cannot be used, a target below the zeros that are there, or a method that lets
+            units grow which have no gradient while they are masked.
         TargetError: a layer name that matches nothing, or weights with nan.
 
     Example:
@@ -95,32 +119,116 @@ class SparseTraining:
         sparsifier: Sparsifier,
         optimizer: HasState | None,
         sparsity: float | Mapping[str, float],
-        schedule: Schedule | str | Callable[..., Any] = "one_cycle",
+        schedule: Schedule | str | Callable[..., Any] | None = None,
         total_steps: int | None = None,
         *,
         round_to: int | None = None,
         keep_zeros: bool = True,
+        method: Method | str | Exchange | None = None,
+        begins: bool = True,
     ) -> None:
         if not isinstance(sparsifier, Sparsifier):
             raise ArgumentError(
                 f"the first argument is a Sparsifier, got {type(sparsifier).__name__}; wrap it: Sparsifier(model)"
             )
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         self.sparsifier = sparsifier
-        self.schedule = as_schedule(schedule)
-        self.targets = sparsifier.resolve(sparsity, round_to)
+        self.method = as_method(method)
+        self.schedule = schedule_of(schedule, self.method)
+        self.targets, self.fixed = sparsifier.resolve(sparsity, round_to), sparsifier.fixed_layers(sparsity)
+        _check_method(self.method, sparsifier)
         sparsifier.check_weights()
         self.round_to = round_to
-        self.total_steps = self._made_for = _checked_steps(total_steps)
-        self.keep_zeros = keep_zeros
-        # Where nothing was masked that no longer is: zeros elsewhere are the run's own. Empty where nothing was let go.
+        self.total_steps = self._made_for = checked_steps(total_steps)
+        self.keep_zeros = keep_zeros and self.method.exchange is None
+        self._from_zeros = keep_zeros
+        # False where something was masked that no longer is, and is zero still. Empty where nothing was let go.
         self._let_go: dict[str, Tensor] = {}
-        self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to) if keep_zeros else 0
+        self._freed: dict[str, Tensor] = {}  # the same, also of what has grown since, and may come to zero by itself
+        self._released_at: dict[str, int] = {}  # how often each weight had been written to when it was released
+        self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to, self.fixed) if self.keep_zeros else 0
         self.steps_done = 0
         self.progress = 0.0
         self._floor = 0.0
-        self.optimizer = optimizer  # a new one may take its place at any time
         self._warned = False
+        self._exchanged: dict[str, Tensor] = {}  # masks that the coming step's exchange ends at
+        self._has_looked = False
+        self._optimizer: HasState | None = None
+        self._hook: RemovableHandle | None = None
+        self.optimizer = optimizer
+        if begins:
+            self.begin()
+
+    @property
+    def optimizer(self) -> HasState | None:
+        """Whose state is kept zero under the masks; a new one may take its place at any time."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: HasState | None) -> None:
+        if optimizer is self._optimizer:
+            return
+        self._optimizer = optimizer
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self.looks_at_gradients and isinstance(optimizer, torch.optim.Optimizer):
+            self._hook = optimizer.register_step_pre_hook(partial(_before_step, weakref.ref(self)))
+
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Whether the run has to see every step's gradients, which it does right before the optimizer's step."""
+        return self.method.exchange is not None or "accumulated" in self.sparsifier.criterion.needs
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Puts masks in place before the first step, where the schedule starts sparse; else does nothing."""
+        progress, before = self.schedule(0.0), self.progress
+        if progress <= before:
+            return
+        # A network that is sparse already starts from its zeros, whose magnitudes are the lowest.
+        is_sparse = self._from_zeros and not self.keep_zeros and has_zeros_beside(self.sparsifier.targets)
+        by = CRITERIA["large_final"] if is_sparse else self.method.initial
+        self.progress = progress
+        try:
+            state_of = optimizer_tensors(self.optimizer)
+            self.sparsifier.move(self.fractions(), self.round_to, state_of, self.fixed, by)
+        except BaseException:
+            self.progress = before
+            raise
+
+    @torch.no_grad()
+    def before_step(self, position: float | None = None) -> None:
+        """Looks at the gradients right before the optimizer's step; nothing of the network changes.
+
+        A torch.optim.Optimizer calls it by itself, through its step's pre-hook. Only runs that look at gradients need
+        it.
+
+        Args:
+            position: as in `step`.
+
+        Raises:
+            StateError: no position, and `total_steps` is not known; or a layer has no gradient.
+        """
+        self._has_looked = True
+        self._exchanged = {}
+        self.sparsifier.observe()
+        if self.method.exchange is None or not self.progress:
+            return
+        step, seed = self.steps_done + 1, self.sparsifier.evidence.seed
+        share = self.method.share(step, self._position(position))
+        if share:
+            self._exchanged = self.sparsifier.exchanged(share, self.method.grow, step, seed)
+
+    def _position(self, position: float | None) -> float:
+        if position is not None:
+            return position
+        if self.total_steps is None:
+            raise StateError(
+                "step() does not know how far training is; give total_steps, epochs × len(loader), to the run, or "
+                "a position to step"
+            )
+        return min(1.0, (self.steps_done + 1) / self.total_steps)
 
     def step(self, position: float | None = None) -> bool:
         """Follows one step of the optimizer: moves the masks to where the schedule stands, and applies them.
@@ -132,19 +240,29 @@ class SparseTraining:
             Whether progress changed. Steps beyond the last hold the masks at the target.
 
         Raises:
-            StateError: no position, and `total_steps` is not known.
+            StateError: no position, and `total_steps` is not known; or weights are to change places, and nobody has
+                looked at the gradients.
         """
-        done = self.steps_done + 1
-        if position is None:
-            if self.total_steps is None:
-                raise StateError(
-                    "step() does not know how far training is; give total_steps, epochs × len(loader), to the run, or "
-                    "a position to step"
-                )
-            position = min(1.0, done / self.total_steps)
-        moved: bool = self.move_to(position)
+        done, position = self.steps_done + 1, self._position(position)
+        if not self._has_looked and self.progress and self.method.share(done, position):
+            raise StateError(
+                f"method {self.method.name!r} looks at the gradients before the optimizer's step, and was not called "
+                "there; give the run the torch.optim.Optimizer that steps, or call run.before_step() right before it"
+            )
+        self._exchange()
+        if done % self.schedule.every_n_steps and position < 1:
+            self.hold()
+            moved = False
+        else:
+            moved = self.move_to(position)
         self.steps_done = done
         return moved
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        masks, self._exchanged = self._exchanged, {}
+        if masks:
+            self.sparsifier.exchange(masks, optimizer_tensors(self.optimizer))
 
     @torch.no_grad()
     def move_to(self, position: float) -> bool:
@@ -156,19 +274,21 @@ class SparseTraining:
         Returns:
             Whether progress changed.
         """
+        self._note_grown()
         progress = self.schedule(position)
         if progress >= self._floor:
             self._floor = 0.0  # the schedule has caught up, and leads from here on, down again too
         progress, before = max(self._floor, progress), self.progress
         changed = progress != before
-        self.progress = progress
-        if changed and (progress < before or (self.round_to is not None and self.sparsifier.context.kind == "global")):
-            self._note_let_go()  # what this move frees is zero until the next step
         try:
+            self.progress = progress
+            if changed and (progress < before or (self.round_to is not None and self.sparsifier.context.is_pooled)):
+                self._note_let_go()  # what this move frees is zero until the next step
             if changed and not self._warned:
                 self._warned = True
                 self.sparsifier.warn_unchanged(self.targets)
-            self.sparsifier.move(self.fractions(), self.round_to, optimizer_tensors(self.optimizer))
+            state_of = optimizer_tensors(self.optimizer)
+            self.sparsifier.move(self.fractions(), self.round_to, state_of, self.fixed)
         except BaseException:  # not all masks are there, so that the next move must not take them for moved
             self.progress = before
             raise
@@ -181,6 +301,7 @@ class SparseTraining:
         Args:
             without: layers that are left alone.
         """
+        self._note_grown()
         self.sparsifier.apply(optimizer_tensors(self.optimizer), without)
 
     def fractions(self) -> dict[str, Fraction]:
@@ -197,7 +318,7 @@ class SparseTraining:
         Raises:
             ArgumentError: no positive number of steps, or a target below the zeros that are there.
         """
-        total_steps = _checked_steps(total_steps)
+        total_steps = checked_steps(total_steps)
         self.keep_new_zeros()
         self.stay()
         self.steps_done = 0
@@ -210,18 +331,27 @@ class SparseTraining:
     def keep_new_zeros(self) -> None:
         """Masks zeros beside the masks too, as in a sparser network that was loaded since; `restart` does it.
 
-        A run that was made with keep_zeros=False does not; nor does one that was released since it last started, unless
-        there are zeros beside those that it let go.
+        A run that was made with keep_zeros=False does not; nor does one that has let go of its zeros since it last
+        started, unless there are others beside them, or the weights were written to since it was released.
 
         Raises:
             ArgumentError: a target below the zeros that are there.
         """
-        sparsifier = self.sparsifier
-        if self.keep_zeros and (
-            not self._let_go or has_zeros_beside(sparsifier.targets, sparsifier.masks, self._let_go)
-        ):
-            self.zeros_kept = self.sparsifier.keep_zeros(self.targets, self.round_to) or self.zeros_kept
-        self._let_go = {}
+        if self.keep_zeros:
+            targets, masks = self.sparsifier.targets, self.sparsifier.masks
+            if not self._let_go or has_zeros_beside(targets, masks, self._freed):
+                self._keep_zeros()
+            elif has_zeros_beside(targets, masks, self._let_go) or any(
+                self._released_at.get(t.name, _version(t.weight)) != _version(t.weight) for t in targets
+            ):
+                # Trained, and then loaded as they were before; or weights that nothing reaches, in units as they come.
+                with contextlib.suppress(ArgumentError):
+                    self._keep_zeros()
+        self._let_go, self._freed, self._released_at = {}, {}, {}
+
+    def _keep_zeros(self) -> None:
+        kept = self.sparsifier.keep_zeros(self.targets, self.round_to, self.fixed)
+        self.zeros_kept = kept or self.zeros_kept
 
     @property
     def at_target(self) -> bool:
@@ -231,13 +361,22 @@ class SparseTraining:
     def release(self) -> None:
         """Lets go of the masks: from now on every weight may grow again."""
         self._note_let_go()
+        self._released_at = {t.name: _version(t.weight) for t in self.sparsifier.targets}
         self.sparsifier.release()
         self.progress, self._floor, self.zeros_kept = 0.0, 0.0, 0
 
     def _note_let_go(self) -> None:
         for name, mask in self.sparsifier.masks.items():
-            before = self._let_go.get(name)
-            self._let_go[name] = mask.clone() if before is None else before.to(mask.device) & mask
+            for noted in (self._let_go, self._freed):
+                before = noted.get(name)
+                noted[name] = mask.clone() if before is None else before.to(mask.device) & mask
+
+    @torch.no_grad()
+    def _note_grown(self) -> None:
+        for target in self.sparsifier.targets if self._let_go else ():
+            if target.name in self._let_go:
+                mask = self._let_go[target.name].to(target.weight.device)
+                self._let_go[target.name] = mask | (target.weight != 0)
 
     def report(self) -> SparsityReport:
         """What is sparse now, counted from the weights."""
@@ -257,6 +396,7 @@ class SparseTraining:
             "floor": self._floor,
             "rules": self._rules(),
             "let_go": {name: pack(mask) for name, mask in self._let_go.items()},
+            "freed": {name: pack(mask) for name, mask in self._freed.items()},
             "tensors": self.sparsifier.state_dict(),
         }
 
@@ -268,12 +408,15 @@ class SparseTraining:
         """
         self.check_state(state)
         masks = self.sparsifier.masks
-        foreign = next((name for name in state["let_go"] if name not in masks), None)
+        foreign = next((name for name in (*state["let_go"], *state["freed"]) if name not in masks), None)
         if foreign is not None:
             raise FileError(f"run state of another network: there is no layer {foreign!r}")
-        let_go = {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state["let_go"].items()}
+        let_go, freed = (
+            {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state[key].items()}
+            for key in ("let_go", "freed")
+        )
         self.sparsifier.load_state_dict(state["tensors"])
-        self._let_go = let_go
+        self._let_go, self._freed, self._released_at = let_go, freed, {}
         self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
         self.progress, self._floor = state["progress"], state["floor"]
 
@@ -315,20 +458,80 @@ class SparseTraining:
             "skip_frozen": sparsifier.skip_frozen,
             "seed": sparsifier.evidence.seed if "noise" in sparsifier.criterion.needs else None,
             "sparsity": {name: f"{float(100 * fraction):.6g} %" for name, fraction in self.targets.items()},
+            # None where it is as by default, as in states from before there was a choice.
+            "every_n_steps": self.schedule.every_n_steps if self.schedule.every_n_steps > 1 else None,
+            "fixed": sorted(self.fixed) or None,
+            "reduction": _name_of(sparsifier.reduction, "mean", REDUCTIONS),
+            "normalization": _name_of(sparsifier.normalization, "none", NORMALIZATIONS),
+            "method": None if self.method == gradual else _method_rules(self.method),
         }
 
 
 def _example_scores(criterion: Criterion) -> list[float] | None:
     """A function of the user's own is known by its name only, which is '<lambda>' for many."""
     weight = torch.linspace(-1.0, 1.0, 8)
-    evidence = {"weight": weight, "initial": weight.flip(0) / 2, "previous": weight / 3, "noise": weight.abs()}
+    evidence = {kind: weight.roll(i) / (i + 1) for i, kind in enumerate(EVIDENCE)}
+    evidence |= {"weight": weight, "initial": weight.flip(0) / 2, "previous": weight / 3, "noise": weight.abs()}
     try:
         return [round(float(score), 6) for score in criterion.score(evidence)]
     except (RuntimeError, IndexError, ValueError, TypeError, KeyError):  # it wants a weight of more axes
         return None
 
 
-def _checked_steps(total_steps: int | None) -> int | None:
+def _name_of(rule: Any, default: str, rules: Mapping[str, Any]) -> str | None:
+    name = next((name for name, known in rules.items() if known is rule), getattr(rule, "__name__", "custom"))
+    return None if name == default else name
+
+
+def _method_rules(method: Method) -> dict[str, Any]:
+    shares = [round(method.share(step, step / 1000), 6) for step in range(1, 1001)]
+    return {
+        "name": method.name,
+        "grow": method.grow.name,
+        "initial": None if method.initial is None else method.initial.name,
+        "exchanges of a thousand steps": [[i + 1, share] for i, share in enumerate(shares) if share][:50],
+    }
+
+
+def schedule_of(schedule: Schedule | str | Callable[..., Any] | None, method: Method) -> Schedule:
+    """The schedule of a run: the one given, or else the method's own, or else 'one_cycle'.
+
+    Example:
+        >>> schedule_of(None, as_method("rigl")).name
+        'constant'
+    """
+    if schedule is not None:
+        return as_schedule(schedule)
+    return method.schedule if method.schedule is not None else SCHEDULES["one_cycle"]
+
+
+def _check_method(method: Method, sparsifier: Sparsifier) -> None:
+    if method.initial is not None:
+        sparsifier.check_criterion(method.initial)
+    if method.exchange is not None and sparsifier.has_companions:
+        raise ArgumentError(
+            f"method {method.name!r} lets units grow back, and a masked {sparsifier.granularity.name!r} is silent with "
+            "its bias and normalisation, so that it has no gradient to grow by; use a granularity inside filters, such "
+            "as 'weight' or 'kernel'"
+        )
+
+
+def _before_step(run: weakref.ref[SparseTraining], *_: Any) -> None:
+    alive = run()
+    if alive is not None:
+        alive.before_step()
+
+
+def checked_steps(total_steps: int | None) -> int | None:
+    """A number of optimizer steps, or None.
+
+    Raises:
+        ArgumentError: it is no positive integer.
+
+    Example:
+        >>> checked_steps(3)
+        3
+    """
     if total_steps is None:
         return None
     if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
@@ -339,7 +542,20 @@ def _checked_steps(total_steps: int | None) -> int | None:
     return int(total_steps)
 
 
-def _check_optimizer(optimizer: HasState | None) -> None:
+def _version(weight: Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def check_optimizer(optimizer: HasState | None) -> None:
+    """Makes sure that there is an optimizer, torch's or fastai's, or none.
+
+    Raises:
+        ArgumentError: it is something else.
+
+    Example:
+        >>> check_optimizer(None)
+    """
     if optimizer is None or isinstance(getattr(getattr(optimizer, "opt", optimizer), "state", None), Mapping):
         return
     given = repr(optimizer) if isinstance(optimizer, str) else f"a {type(optimizer).__name__}"
@@ -356,6 +572,10 @@ def _is_fraction(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
+def _are_masks(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(m, Tensor) for m in cast("Any", value).values())
+
+
 _FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
     {
         "steps_done": _is_count,
@@ -364,7 +584,8 @@ _FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "floor": _is_fraction,
         "rules": lambda rules: isinstance(rules, Mapping),
         "tensors": lambda tensors: isinstance(tensors, Mapping),
-        "let_go": lambda masks: isinstance(masks, Mapping) and all(isinstance(m, Tensor) for m in masks.values()),
+        "let_go": _are_masks,
+        "freed": _are_masks,
     }
 )
 
@@ -374,7 +595,8 @@ def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
 
     Args:
         optimizer: as in `optimizer_tensors`.
-        parameters: whose moments and step counts go. Settings that fastai keeps beside them stay.
+        parameters: whose moments and step counts go. Settings that fastai keeps beside them stay. The slow weights of
+            Lookahead become what the parameters are now.
 
     Example:
         >>> p = torch.nn.Parameter(torch.ones(2))
@@ -386,7 +608,10 @@ def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
         return
     inner = getattr(optimizer, "opt", optimizer)
     settings: Iterable[str] = getattr(inner, "_keep_on_clear", ())
+    slow = dict(_slow_weights(optimizer))
     for parameter in parameters:
+        if parameter in slow:
+            slow[parameter].copy_(parameter.detach())
         if parameter in inner.state:
             entries = inner.state[parameter]
             inner.state[parameter] = {k: entries[k] for k in settings if k in entries}

@@ -5,13 +5,15 @@ The comparisons of Frankle & Carbin 2019 (arXiv:1803.03635).
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError
+from gossamer.errors import ArgumentError, StateError
 from gossamer.masks import pack
 from gossamer.rules.granularity import expand
 from gossamer.search_rates import unit_shape
@@ -81,6 +83,52 @@ class TicketRun:
         self._sparsifier.apply(optimizer_tensors(self.optimizer))
 
 
+Train = Callable[[nn.Module, TicketRun], float]
+"""Trains a network in place, from the weights that it has to the end, and returns a score: higher is better."""
+
+
+def train_and_score(train: Train, model: nn.Module, run: TicketRun) -> float:
+    """Trains a ticket, and makes sure that it was trained and has a score.
+
+    Args:
+        train: does it.
+        model: the network that it is given.
+        run: the ticket's.
+
+    Raises:
+        ArgumentError: what `train` returned is no finite number.
+        StateError: `train` never called `run.step()`.
+
+    Example:
+        >>> def train(model, run):
+        ...     run.step()
+        ...     return 0.5
+        >>> net = nn.Linear(2, 1)
+        >>> train_and_score(train, net, TicketRun(Sparsifier(net, layer_type=nn.Linear)))
+        0.5
+    """
+    began = run.steps_done
+    given: Any = train(model, run)
+    try:
+        if isinstance(given, (bool, str)):
+            raise TypeError
+        score = float(given.detach() if isinstance(given, Tensor) else given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(
+            f"train returned {given!r} in round {run.round}; it must return a score, a number that is higher the "
+            "better, such as the accuracy"
+        ) from None
+    if not math.isfinite(score):
+        raise ArgumentError(
+            f"train returned {score} in round {run.round}; a score must be finite. Lower the learning rate"
+        )
+    if run.steps_done == began:
+        raise StateError(
+            "train never called run.step(), so nothing held the masks; call it after every optimizer.step()"
+        )
+    return score
+
+
 def reinitialised(
     sparsifier: Sparsifier, ticket: Ticket, initialise: Callable[[nn.Module], object] | None = None, seed: int = 0
 ) -> Ticket:
@@ -144,13 +192,14 @@ def random_mask(sparsifier: Sparsifier, ticket: Ticket, dense: Mapping[str, Tens
     for target in sparsifier.targets:
         mask = ticket.masks[target.name]
         cut = unit_shape(sparsifier, target.name)
+        _, view, _ = sparsifier.granularity.cut(target.axes, target.view)
         n_units = cut.numel()
         masked = (mask.numel() - int(torch.count_nonzero(mask))) * n_units // mask.numel()
         # From the layer's name and not its place, on the CPU, so that every machine draws the same.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{target.name}".encode()))
         units = torch.ones(n_units, dtype=torch.bool)
         units[torch.randperm(n_units, generator=generator)[:masked]] = False
-        masks[target.name] = expand(units.reshape(cut), target.view).reshape(mask.shape)
+        masks[target.name] = expand(units.reshape(cut), view).reshape(mask.shape)
     return _with_masks(sparsifier, dense, masks, ticket.epoch)
 
 

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -19,28 +20,35 @@ namespace {
 
 constexpr int SPINS = 4000;  // some tens of microseconds, which is what lies between two layers
 
-// One job at a time. `ticket` holds the job's number above and the next item below, so that an item can only be claimed
-// of the job that the thread has read; once it is claimed the job stays until it is done.
+// One job at a time. Each thread has a range of items of its own, the same one in every job of as many items, so that it
+// finds in its cache what it wrote there before; then it helps others with theirs. A range's ticket holds the job's number
+// above and the next item below, so that an item can only be claimed of the job that the thread has read; once it is claimed
+// the job stays until it is done.
 class Pool {
  public:
-  bool run(int64_t n, int threads, const std::function<void(int64_t)>& work) {
+  bool run(int64_t n, int threads, const std::function<void(int64_t, int)>& work) {
     if (!busy_.try_lock()) return false;
     std::lock_guard<std::mutex> one(busy_, std::adopt_lock);
     grow(threads - 1);
-    n_.store(n, std::memory_order_relaxed);
+    const int n_ranges = threads < MOST ? threads : MOST;
+    const uint64_t job = (job_.load(std::memory_order_relaxed) + 1) & 0xffffffff;
+    n_ranges_.store(n_ranges, std::memory_order_relaxed);
     work_.store(&work, std::memory_order_relaxed);
     limit_.store(threads - 1, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t job = ((ticket_.load(std::memory_order_relaxed) >> 32) + 1) & 0xffffffff;
-    ticket_.store(job << 32, std::memory_order_release);
+    for (int r = 0; r < n_ranges; r++) {
+      ranges_[r].end.store(n * (r + 1) / n_ranges, std::memory_order_relaxed);
+      ranges_[r].ticket.store(job << 32 | uint64_t(n * r / n_ranges), std::memory_order_release);
+    }
+    job_.store(job, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst)) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    take(job);
+    take(job, 0);
     while (done_.load(std::memory_order_acquire) < n) RELAX();
-    // Closed: else a thread that is late could claim an item of it by the next job's n.
-    ticket_.store((job << 32) | 0xffffffff, std::memory_order_release);
+    // Closed: else a thread that is late could claim an item of it by the next job's end.
+    for (int r = 0; r < n_ranges; r++) ranges_[r].ticket.store((job << 32) | 0xffffffff, std::memory_order_release);
     return true;
   }
 
@@ -54,19 +62,30 @@ class Pool {
   }
 
  private:
+  static constexpr int MOST = 64;
+  struct alignas(64) Range {
+    std::atomic<uint64_t> ticket{0};
+    std::atomic<int64_t> end{0};
+  };
+
   void grow(int n) {
     while (int(threads_.size()) < n) threads_.emplace_back([this, i = int(threads_.size())] { live(i); });
   }
 
-  void take(uint64_t job) {
-    uint64_t now = ticket_.load(std::memory_order_acquire);
-    while (now >> 32 == job) {
-      const int64_t item = int64_t(now & 0xffffffff);
-      if (item >= n_.load(std::memory_order_relaxed)) return;
-      if (!ticket_.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
-      (*work_.load(std::memory_order_relaxed))(item);
-      done_.fetch_add(1, std::memory_order_acq_rel);
-      now = ticket_.load(std::memory_order_acquire);
+  void take(uint64_t job, int worker) {
+    const int n = n_ranges_.load(std::memory_order_relaxed);
+    for (int k = 0; k < n; k++) {
+      Range& range = ranges_[(worker + k) % n];
+      uint64_t now = range.ticket.load(std::memory_order_acquire);
+      while (now >> 32 == job) {
+        const int64_t item = int64_t(now & 0xffffffff), left = range.end.load(std::memory_order_relaxed) - item;
+        if (left <= 0) break;
+        const int64_t few = left > 8 ? left / 8 : 1;  // several at once, since claiming costs as much as a small item
+        if (!range.ticket.compare_exchange_weak(now, now + uint64_t(few), std::memory_order_acq_rel)) continue;
+        for (int64_t i = item; i < item + few; i++) (*work_.load(std::memory_order_relaxed))(i, worker);
+        done_.fetch_add(few, std::memory_order_acq_rel);
+        now = range.ticket.load(std::memory_order_acquire);
+      }
     }
   }
 
@@ -75,29 +94,31 @@ class Pool {
     for (;;) {
       uint64_t now = 0;
       int spins = 0;
-      while ((now = ticket_.load(std::memory_order_acquire) >> 32) == seen && !stop_.load(std::memory_order_relaxed)) {
+      while ((now = job_.load(std::memory_order_acquire)) == seen && !stop_.load(std::memory_order_relaxed)) {
         if (++spins < SPINS) {
           RELAX();
           continue;
         }
         std::unique_lock<std::mutex> lock(sleep_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] { return ticket_.load() >> 32 != seen || stop_.load(); });
+        wake_.wait(lock, [&] { return job_.load() != seen || stop_.load(); });
         sleeping_.fetch_sub(1);
         spins = 0;
       }
       if (stop_.load(std::memory_order_relaxed)) return;
       seen = now;
-      if (i < limit_.load(std::memory_order_relaxed)) take(now);
+      if (i < limit_.load(std::memory_order_relaxed)) take(now, i + 1);
     }
   }
 
   std::mutex busy_, sleep_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
-  std::atomic<uint64_t> ticket_{0};
-  std::atomic<int64_t> n_{0}, done_{0};
-  std::atomic<const std::function<void(int64_t)>*> work_{nullptr};
+  Range ranges_[MOST];
+  std::atomic<uint64_t> job_{0};
+  std::atomic<int64_t> done_{0};
+  std::atomic<int> n_ranges_{0};
+  std::atomic<const std::function<void(int64_t, int)>*> work_{nullptr};
   std::atomic<int> limit_{0}, sleeping_{0};
   std::atomic<bool> stop_{false};
 };
@@ -106,7 +127,8 @@ int64_t process() { return int64_t(getpid()); }
 
 }  // namespace
 
-void share(int64_t n, int threads, const std::function<void(int64_t)>& work) {
+void share(int64_t n, int threads, const std::function<void(int64_t, int)>& work) {
+  threads = int(std::min<int64_t>(threads, n));  // no worker's number is beyond those that there is memory for
   // Never freed: a thread of the program may still be in a run when it exits. A forked child has none of the threads,
   // and a pool of its own.
   static std::atomic<Pool*> pool{nullptr};
@@ -122,7 +144,7 @@ void share(int64_t n, int threads, const std::function<void(int64_t)>& work) {
     }
     if (pool.load()->run(n, threads, work)) return;
   }
-  for (int64_t i = 0; i < n; i++) work(i);
+  for (int64_t i = 0; i < n; i++) work(i, 0);
 }
 
 }  // namespace gossamer

@@ -5,9 +5,10 @@
 
 namespace gossamer {
 
-// Calls work(item) for every item in [0, n), on up to `threads` threads, the caller's among them. Returns when all that
-// was claimed is done: a thread that wakes late, because the machine is busy, finds nothing left and is not waited for.
+// Calls work(item, worker) for every item in [0, n), on up to `threads` threads, and no more than there are items; the
+// caller's is worker 0. Returns when all that was claimed is done: a thread that wakes late, because the machine is busy,
+// finds nothing left and is not waited for.
 // Another run that comes meanwhile, from another thread of the program, works on its caller's thread alone.
-void share(int64_t n, int threads, const std::function<void(int64_t)>& work);
+void share(int64_t n, int threads, const std::function<void(int64_t, int)>& work);
 
 }  // namespace gossamer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import os
@@ -10,17 +11,20 @@ import random
 import signal
 import sys
 import traceback
+from collections import deque
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from fastcore.foundation import L
 from torch import nn
 
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
@@ -28,6 +32,7 @@ from gossamer.integrations.fastai import SaveSparseModelCallback, SparsifyCallba
 from gossamer.storage.states import load_state, save_state
 from gossamer.storage.tensors import load_tensors
 
+KIND = "checkpoint of a fastai fit"
 _DEMONSTRATION = Path(__file__).parents[2] / "benchmarks" / "resume.py"
 
 
@@ -123,7 +128,7 @@ def test_nothing_to_resume_is_a_fit_as_any_other(tmp_path: Path) -> None:
     callback = rules(path, resume=True)
     fit(2, callback)
     assert callback.sparsity_now() == 50
-    assert load_state(path, "checkpoint of a fastai fit")["epoch"] == 2
+    assert load_state(path, KIND)["epoch"] == 2
 
 
 def test_a_finished_fit_is_put_back_and_nothing_is_trained(tmp_path: Path) -> None:
@@ -175,7 +180,7 @@ def test_every_so_many_epochs_and_after_the_last(tmp_path: Path) -> None:
 
         def after_epoch(self) -> None:
             path = tmp_path / "run.safetensors"
-            seen.append(load_state(path, "checkpoint of a fastai fit")["epoch"] if path.exists() else 0)
+            seen.append(load_state(path, KIND)["epoch"] if path.exists() else 0)
 
     fit(5, rules(tmp_path / "run.safetensors", every=2), Look())
     assert seen == [0, 2, 2, 4, 5]
@@ -194,7 +199,7 @@ def test_a_second_fit_with_the_same_callback_writes_on(tmp_path: Path) -> None:
     callback = rules(tmp_path / "run.safetensors")
     learn = fit(2, callback)
     fit(3, callback, learn=learn)
-    assert load_state(tmp_path / "run.safetensors", "checkpoint of a fastai fit")["total"] == 3
+    assert load_state(tmp_path / "run.safetensors", KIND)["total"] == 3
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,116 @@ def test_callbacks_of_the_users_own_go_on_too(tmp_path: Path) -> None:
     counts, averages = train(tmp_path / "broken", stop=False)
     assert counts.steps == 12
     assert all(torch.equal(t, want.average[n]) for n, t in averages.average.items())
+
+
+class Carries(Callback):
+    """All that an averaging or logging callback may hold, and no state_dict."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.by_epoch: dict[str, Any] = {}
+        self.recent: deque[int] = deque([0], maxlen=3)
+        self.best: float | None = None
+        self.limits, self.pair = torch.zeros(2), (0, 0)
+        self.array, self.listed = np.zeros(2), L()
+
+    def before_fit(self) -> None:
+        self.ema = copy.deepcopy(self.model)
+        self.alias, self.weight = self.losses, self.model[0].weight
+
+    def after_step(self) -> None:
+        self.losses.append(float(self.loss.detach()))
+        self.recent.append(len(self.losses))
+        self.best = min(self.losses)
+        self.limits.data[0] += 1  # unseen by the tensor's own count of changes
+        self.array[1] += 2
+        self.listed.append(3)
+        self.pair = (len(self.losses), 1)
+        self.first = getattr(self, "first", self.losses[0])
+        for mean, now in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            mean.data.lerp_(now.data, 0.3)
+
+    def after_epoch(self) -> None:
+        norm = self.model[0].weight.detach().norm()
+        self.by_epoch[str(self.epoch)] = {"loss": [float(self.loss.detach())], "norm": norm}
+
+
+def test_what_callbacks_carry_goes_on_too_numbers_lists_tensors_and_averages(tmp_path: Path) -> None:
+    def train(path: Path, stop: bool) -> Carries:
+        carries = Carries()
+        fit(4, rules(path, resume=True), carries, *([Stop(2)] if stop else []))
+        return carries
+
+    want = train(tmp_path / "whole", stop=False)
+    train(tmp_path / "broken", stop=True)
+    got = train(tmp_path / "broken", stop=False)
+    for name in ("losses", "by_epoch", "recent", "best", "pair", "first"):
+        assert getattr(got, name) == getattr(want, name), name
+    assert (list(got.listed), got.array.tolist(), got.limits.tolist()) == ([3] * 12, [0, 24], [12, 0])
+    assert all(torch.equal(a, b) for a, b in zip(got.ema.parameters(), want.ema.parameters(), strict=True))
+    assert got.alias is got.losses
+    assert type(got.recent) is deque
+    assert got.weight is not None
+    assert not any(
+        "weight" in key for key in load_state(tmp_path / "broken", KIND)["learner"]["callbacks"]["carries 1"]
+    )
+
+
+@pytest.mark.parametrize("held", [{1, 2}, random.Random(1), [torch.ones(1), "x"]])
+def test_what_a_checkpoint_cannot_take_from_a_callback_is_said(tmp_path: Path, held: Any) -> None:
+    class Holds(Callback):
+        def __init__(self) -> None:
+            self.held, self.name_of_a_file, self.nothing = held, "x", [1, 2]
+
+    with pytest.warns(GossamerWarning, match=r"'holds' holds 'held' \(a .*state_dict") as said:
+        fit(1, rules(tmp_path / "run"), Holds())
+    assert len(said) == 1
+
+
+def test_buffers_that_are_not_saved_and_generators_of_the_data_go_on(tmp_path: Path) -> None:
+    class Seen(nn.Module):
+        """Counts, and remembers as much as it has seen; neither is in its state_dict."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("n", torch.zeros(()), persistent=False)
+            self.register_buffer("means", torch.zeros(0), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.n += 1
+                self.means = torch.cat([self.means, x.detach().mean()[None]])
+            return x + 0.01 * self.n
+
+    class Draws:
+        def __init__(self, pairs: Any) -> None:
+            self.pairs = list(pairs)
+            self.python, self.new, self.old = random.Random(1), np.random.default_rng(1), np.random.RandomState(1)
+            self.torch = torch.Generator().manual_seed(1)
+
+        def __len__(self) -> int:
+            return len(self.pairs)
+
+        def __getitem__(self, i: int) -> Any:
+            x, y = self.pairs[i]
+            noise = self.python.random() + self.new.random() + self.old.rand()
+            return x + 0.1 * noise + 0.1 * torch.rand(1, generator=self.torch).item(), y
+
+    def train(path: Path, stop: bool) -> Learner:
+        learn = learner()
+        learn.model.add_module("seen", Seen())
+        pairs = [learn.dls.train.dataset[i] for i in range(24)]
+        learn.dls = demonstration().DataLoaders.from_dsets(Draws(pairs), pairs, bs=8, num_workers=0, device="cpu")
+        learn.dls.train.rng = random.Random(3)
+        return fit(4, rules(path, resume=True), *([Stop(2)] if stop else []), learn=learn)
+
+    want = train(tmp_path / "whole", stop=False)
+    train(tmp_path / "broken", stop=True)
+    got = train(tmp_path / "broken", stop=False)
+    assert all(torch.equal(t, want.model.state_dict()[n]) for n, t in got.model.state_dict().items())
+    assert got.model.seen.n == 12
+    assert torch.equal(got.model.seen.means, want.model.seen.means)
+    assert "seen.n" not in got.model.state_dict()
 
 
 def test_a_callback_that_did_not_change_keeps_what_it_was_made_with(tmp_path: Path) -> None:
@@ -416,7 +531,7 @@ def test_weights_that_are_nan_do_not_replace_a_checkpoint(tmp_path: Path) -> Non
     path = tmp_path / "run.safetensors"
     with pytest.warns(GossamerWarning, match=r"'0.bias' has nan"):
         fit(4, rules(path), Diverge())
-    assert load_state(path, "checkpoint of a fastai fit")["epoch"] == 3
+    assert load_state(path, KIND)["epoch"] == 3
 
 
 def test_one_file_is_enough_for_two_callbacks(tmp_path: Path) -> None:
@@ -469,7 +584,7 @@ def test_validating_in_the_middle_moves_neither_schedule_nor_checkpoint(tmp_path
     plain = rules(tmp_path / "plain.safetensors")
     fit(3, plain)
     assert [row["sparsity"] for row in callback.history] == [row["sparsity"] for row in plain.history]
-    assert load_state(tmp_path / "run.safetensors", "checkpoint of a fastai fit")["epoch"] == 3
+    assert load_state(tmp_path / "run.safetensors", KIND)["epoch"] == 3
 
 
 def test_an_optimizer_that_keeps_more_than_moments_goes_on(tmp_path: Path) -> None:
@@ -541,11 +656,11 @@ def mangle(state: dict[str, Any], key: str, value: Any) -> None:
 def test_a_mangled_checkpoint_is_a_file_error_and_nothing_changes(tmp_path: Path, key: str, value: Any) -> None:
     path = tmp_path / "run.safetensors"
     fit(3, rules(path), Stop(1))
-    state = load_state(path, "checkpoint of a fastai fit")
+    state = load_state(path, KIND)
     if key == "learner.recorder" and value is None:
         return  # a learner need not have one
     mangle(state, key, value)
-    save_state(path, state, "checkpoint of a fastai fit")
+    save_state(path, state, KIND)
     learn = learner()
     before = {n: t.clone() for n, t in learn.model.state_dict().items()}
     with pytest.raises(FileError):
@@ -557,10 +672,10 @@ def test_a_mangled_checkpoint_is_a_file_error_and_nothing_changes(tmp_path: Path
 def test_a_checkpoint_sets_counters_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     fit(3, rules(path), SaveModelCallback(fname=str(tmp_path / "mine")), Stop(1))
-    state = load_state(path, "checkpoint of a fastai fit")
+    state = load_state(path, KIND)
     state["learner"]["callbacks"].setdefault("save_model 1", {})
     state["learner"]["callbacks"]["save_model 1"] |= {"fname": str(tmp_path / "theirs"), "order": -3}
-    save_state(path, state, "checkpoint of a fastai fit")
+    save_state(path, state, KIND)
     saver = SaveModelCallback(fname=str(tmp_path / "mine"))
     fit(3, rules(path, resume=True), saver)
     assert (saver.fname, saver.order) == (str(tmp_path / "mine"), SaveModelCallback.order)
@@ -834,12 +949,12 @@ def test_one_file_by_two_names_is_still_one_file_too_many(tmp_path: Path, monkey
 def test_damaged_random_numbers_are_found_before_anything_changes(place: tuple[Any, ...], tmp_path: Path) -> None:
     path = tmp_path / "a"
     fit(2, rules(path), Stop(1))
-    state = load_state(path, "checkpoint of a fastai fit")
+    state = load_state(path, KIND)
     part = state["learner"]
     for key in place[:-1]:
         part = part[key]
     part[place[-1]] = {"version": 3} if place[-1] == "rng" else [1, 2]
-    save_state(path, state, "checkpoint of a fastai fit")
+    save_state(path, state, KIND)
     learn = learner()
     before = {n: t.clone() for n, t in learn.model.state_dict().items()}
     with pytest.raises(FileError, match="damaged"):

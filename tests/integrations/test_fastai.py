@@ -112,6 +112,15 @@ OPTIMIZERS = {
 }
 
 
+def chain_of(groups: Any) -> list[torch.Tensor]:
+    return [p for group in groups for p in group]
+
+
+def slow_of(optimizer: Any) -> Any:
+    """What Lookahead remembers beside the state of the optimizer inside."""
+    return vars(optimizer).get("slow_weights") or []
+
+
 @pytest.mark.parametrize("opt", OPTIMIZERS)
 @pytest.mark.parametrize("context", ["local", "global"])
 def test_masked_weights_and_their_state_are_zero_after_every_step(opt: str, context: str) -> None:
@@ -128,6 +137,8 @@ def test_masked_weights_and_their_state_are_zero_after_every_step(opt: str, cont
                 if isinstance(value, torch.Tensor) and value.shape == weight.shape:
                     assert not value[~mask].any(), (name, key)
                     assert value[mask].any()
+            for fast, slow in zip(*map(chain_of, (learn.opt.param_lists, slow_of(learn.opt))), strict=False):
+                assert fast is not weight or (not slow[~mask].any() and slow[mask].any()), name
         seen.append(callback.sparsity_now())
 
     quiet(learner(opt_func=OPTIMIZERS[opt]), 2, callback, Watch(look))
@@ -292,6 +303,27 @@ def test_lth_rewinds_at_every_step_of_a_stepwise_schedule(capsys: pytest.Capture
     assert rewound == pytest.approx([20, 40, 60], abs=0.1)
     assert not torch.equal(learn.model.head.weight, start["head.weight"])
     assert capsys.readouterr().out.count("Saving Weights at epoch 0") == 1
+
+
+def test_lth_takes_lookaheads_slow_weights_back_too() -> None:
+    """Else the next of its steps would bring the trained weights back."""
+    learn = learner(opt_func=OPTIMIZERS["Lookahead"])
+    callback = SparsifyCallback(50, schedule=lin, lth=True, verbose=False)
+    began: dict[str, torch.Tensor] = {}
+    checked: list[bool] = []
+
+    def look(learn: Any) -> None:
+        if not began:
+            began.update({n: p.detach().clone() for n, p in learn.model.named_parameters()})
+            return
+        slow = dict(zip(map(id, chain_of(learn.opt.param_lists)), chain_of(slow_of(learn.opt)), strict=True))
+        masks = {f"{n}.weight": m for n, m in callback.sparse.sparsifier.masks.items()}
+        for name, parameter in learn.model.named_parameters():
+            assert torch.equal(slow[id(parameter)], began[name] * masks.get(name, 1)), name
+        checked.append(True)
+
+    quiet(learn, 3, callback, Watch(look, "before_train"))
+    assert len(checked) == 2
 
 
 def test_lth_with_a_smooth_schedule_makes_each_epoch_a_round(capsys: pytest.CaptureFixture[str]) -> None:
@@ -550,10 +582,10 @@ def test_a_ramp_with_a_plateau_is_no_step() -> None:
         ({"sparsity": {"conv1": 30}, "context": "global"}, "context='local'"),
         ({"granularity": "filtr"}, "Closest: filter"),
         ({"context": "glob"}, "unknown context"),
-        ({"context": "4:2"}, "less than M"),
+        ({"context": "4:2"}, "at most M"),
         ({"criteria": "large_finl"}, "Closest: large_final"),
         ({"criteria": 3}, "needs a function"),
-        ({"criteria": lambda weight, gradient: weight}, "gradient"),
+        ({"criteria": lambda weight, gradent: weight}, "gradent"),
         ({"schedule": "onecycle"}, "Closest: one_cycle"),
         ({"schedule": SchedCos(0, 50)}, "runs from 0 to 1"),
         ({"schedule": SchedCos}, "called first"),

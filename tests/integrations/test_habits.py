@@ -28,6 +28,7 @@ from fastai.callback.core import (
     CancelValidException,
 )
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import module_summary
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -42,7 +43,7 @@ import plain
 from gossamer import ArgumentError, GossamerWarning, StateError
 from gossamer.integrations.fastai import KeepSparse, SaveSparseModelCallback, SparsifyCallback
 from gossamer.integrations.fastai.guard import Guard
-from gossamer.rules.schedules import lin, one_cycle
+from gossamer.rules.schedules import dsd, lin, one_cycle
 
 pytestmark = [
     # fastai's own: checkpoints without an optimizer, checkpoints read with pickle, mixed precision without CUDA
@@ -413,6 +414,46 @@ def test_validation_in_the_middle_of_a_fit_does_not_disturb_it() -> None:
     assert zeros(learn.model) == HALF
 
 
+@pytest.mark.parametrize("when", ["before the fit", "in the middle of it"])
+def test_entering_the_learner_as_summary_does_is_no_fit(
+    when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`with learn:` sends what begins and ends a fit, and holds no lock."""
+    path = tmp_path / "run.safetensors"
+    learn, callback = small(tmp_path), half(schedule=lin, verbose=True, checkpoint=path, resume=True)
+    learn.add_cb(callback)
+    looks: list[str] = []
+
+    def look(learn: Learner) -> None:
+        if when == "in the middle of it" and learn.epoch == 1 and not looks:
+            looks.append(module_summary(learn, torch.randn(8, 1, 8, 8)))
+
+    if when == "before the fit":
+        with learn.no_bar():
+            looks.append(module_summary(learn, torch.randn(8, 1, 8, 8)))
+        assert capsys.readouterr().out == ""
+        assert not path.exists()
+        assert [m.name for m in learn.metrics] == ["accuracy"]
+    quiet(learn, 3, Watch(look, "after_epoch"))
+    said = capsys.readouterr().out
+    assert "Conv2d" in looks[0]
+    assert said.count("Pruning of") == said.count("Final Sparsity") == 1
+    assert [row["position"] for row in callback.history] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert zeros(learn.model) == HALF
+
+
+def test_a_callback_that_goes_to_another_learner_leaves_its_keeper_with_the_first() -> None:
+    first, second, callback = small(), small(), half()
+    first.add_cb(callback)
+    quiet(first, 2)
+    second.add_cb(callback)
+    assert not hasattr(first, "sparsify")
+    assert first.keep_sparse.sparse is callback.sparse
+    quiet(second, 2)
+    quiet(first, 1)
+    assert zeros(first.model) == zeros(second.model) == HALF
+
+
 def test_predict_works_beside_a_callback_and_after_it(tmp_path: Path) -> None:
     learn = learner(tmp_path, fastai_digits(), loss_func=CrossEntropyLossFlat(), cbs=half())
     quiet(learn, 2)
@@ -700,6 +741,78 @@ def test_what_was_released_is_not_taken_for_zeros_to_keep() -> None:
     assert zeros(learn.model) == HALF
 
 
+@pytest.mark.parametrize("fit_between", [True, False])
+def test_a_sparse_network_that_is_loaded_after_a_release_keeps_its_zeros(
+    fit_between: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learn, callback = small(tmp_path), half(schedule=lin, verbose=True)
+    quiet(learn, 2, callback)
+    learn.save("sparse")
+    was = {n: getattr(learn.model, n).weight.detach() == 0 for n in LAYERS}
+    callback.release()
+    if fit_between:
+        quiet(learn, 1)
+        assert sum(zeros(learn.model)) < 1000  # what no gradient reaches has not grown
+    learn.load("sparse")
+    capsys.readouterr()
+    kept: list[bool] = []
+    watch = Watch(
+        lambda learn: kept.append(all(bool((getattr(learn.model, n).weight == 0)[z].all()) for n, z in was.items()))
+    )
+    quiet(learn, 2, callback, watch)
+    assert all(kept)
+    assert len(kept) == 8
+    assert "Keeping the 2,052 zeros" in capsys.readouterr().out
+
+
+def test_what_no_gradient_reached_after_a_release_need_not_fit_the_units(tmp_path: Path) -> None:
+    learn = small(tmp_path)
+    with torch.no_grad():
+        learn.model.conv3.weight[:5] = 0.01
+        learn.model.conv3.bias[:5] = -100.0  # filters that are never active
+    callback = half(granularity="channel", schedule=lin)
+    quiet(learn, 2, callback)
+    callback.release()
+    quiet(learn, 1)
+    assert plain.zeros(learn.model.conv3.weight) > 100
+    quiet(learn, 1, callback)
+    assert callback.sparse.at_target
+
+
+def test_a_schedule_that_went_down_keeps_the_zeros_of_its_own_earlier_file(tmp_path: Path) -> None:
+    learn, callback = small(tmp_path), half(schedule=dsd)
+    peak = Watch(lambda learn: learn.save("peak") if learn.epoch == 3 else None, "after_epoch")
+    quiet(learn, 6, callback, peak)
+    assert sum(zeros(learn.model)) < 1000
+    learn.load("peak")
+    was = {n: getattr(learn.model, n).weight.detach() == 0 for n in LAYERS}
+    assert sum(int(z.sum()) for z in was.values()) > 1500
+    held: list[bool] = []
+    watch = Watch(
+        lambda learn: held.append(all(bool((getattr(learn.model, n).weight == 0)[z].all()) for n, z in was.items()))
+    )
+    quiet(learn, 1, callback, watch)
+    assert all(held)
+
+
+def test_removing_one_of_two_callbacks_leaves_the_name_to_the_other() -> None:
+    learn = small()
+    first, second = (
+        SparsifyCallback(50, layer_type=kind, schedule=lin, verbose=False) for kind in (nn.Conv2d, nn.Linear)
+    )
+    learn.add_cbs([first, second])
+    assert learn.sparsify is second
+    learn.remove_cb(second)
+    assert learn.sparsify is first
+    quiet(learn, 1, second)
+    assert learn.sparsify is first
+    learn.remove_cb(first)
+    assert not hasattr(learn, "sparsify")
+    learn.add_cb(second)
+    assert learn.sparsify is second
+    assert second.name == "sparsify"
+
+
 def test_two_keepers_let_go_together_and_the_name_stays_with_the_one_that_is_left() -> None:
     learn = small()
     first, second = (
@@ -741,7 +854,10 @@ def test_a_callback_that_ctrl_c_kept_on_the_learner_is_in_the_next_fit_once() ->
     assert zeros(learn.model) == HALF
 
 
-@pytest.mark.parametrize("event", ["before_epoch", "before_train", "after_train", "after_validate", "after_epoch"])
+@pytest.mark.parametrize(
+    "event",
+    ["before_fit", "before_epoch", "before_train", "after_train", "after_validate", "after_epoch", "after_fit"],
+)
 @pytest.mark.parametrize("who", ["callback", "keeper"])
 def test_ctrl_c_anywhere_in_an_epoch_leaves_no_trace_on_the_learner(who: str, event: str) -> None:
     learn, callback = small(), half()
@@ -758,6 +874,10 @@ def test_ctrl_c_anywhere_in_an_epoch_leaves_no_trace_on_the_learner(who: str, ev
         quiet(learn, 2, Watch(stop, event))
     assert list(learn.metrics) == metrics
     assert sorted(cb.name for cb in learn.cbs) == names
+    if who == "callback":
+        learn.remove_cb(callback)  # which takes its guard along
+    elif event == "before_fit":
+        learn.validate()  # the keeper's came too late to see this, and leaves with the next call
     assert "_with_events" not in vars(learn)
 
 
@@ -772,9 +892,11 @@ def test_what_a_user_put_in_the_guards_place_is_put_back_and_was_used() -> None:
     learn._with_events = counted
     learn.add_cb(callback)
     quiet(learn, 1)
-    assert vars(learn)["_with_events"] is counted
-    assert seen.count("epoch") == 1
+    assert seen.count("fit") == seen.count("epoch") == 1
     assert seen.count("batch") == 6
+    learn.remove_cb(callback)
+    quiet(learn, 1)  # the keeper stands there too, and leaves
+    assert vars(learn)["_with_events"] is counted
 
 
 def test_a_metric_with_numbers_of_its_own_is_left_alone() -> None:
@@ -839,6 +961,23 @@ def test_a_learner_with_another_model_is_left_alone(capsys: pytest.CaptureFixtur
     assert same(learn.model.state_dict(), twin.model.state_dict())
     assert same(old.state_dict(), sparse)
     assert capsys.readouterr().out == ""
+
+
+def test_a_keeper_that_waits_for_its_network_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    learn, callback = small(), half(verbose=True)
+    quiet(learn, 2, callback)
+    old, learn.model, learn.opt = learn.model, Net(), None
+    capsys.readouterr()
+    quiet(learn, 1)
+    said = capsys.readouterr().out
+    assert "another network" in said
+    assert "release()" in said
+    quiet(learn, 1)
+    assert capsys.readouterr().out == ""
+    learn.model, learn.opt = old, None
+    quiet(learn, 1)
+    assert "2,052 weights (50.00%) are masked since an earlier fit" in capsys.readouterr().out
+    assert zeros(learn.model) == HALF
 
 
 def test_the_keeper_also_zeroes_what_was_loaded_in_between(tmp_path: Path) -> None:

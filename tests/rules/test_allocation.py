@@ -18,6 +18,7 @@ from gossamer.rules.allocation import (
     Context,
     as_context,
     as_fraction,
+    check_target,
     count,
     global_counts,
     pooled_counts,
@@ -144,7 +145,7 @@ def test_contexts_are_read_from_their_names(name, kind):
 
 @given(st.integers(1, 30), st.integers(2, 31))
 def test_a_pattern_means_a_sparsity(n, m):
-    assume(n < m)
+    assume(n <= m)
     assert as_context(f"{n}:{m}").fraction == Fraction(m - n, m)
 
 
@@ -153,7 +154,7 @@ def test_only_patterns_mean_a_sparsity_by_themselves():
     assert as_context("global").fraction is None
 
 
-@pytest.mark.parametrize("bad", ["4:4", "5:4", "0:4", "2:", "locl", "", "2:4:8", " 2:4", None, 3])
+@pytest.mark.parametrize("bad", ["5:4", "0:4", "2:", "locl", "", "2:4:8", " 2:4", None, 3])
 def test_a_context_that_is_none_is_refused_early(bad):
     with pytest.raises(ArgumentError, match="context"):
         as_context(bad)
@@ -176,3 +177,51 @@ def test_counting_spans_the_whole_range_of_float64() -> None:
     most = torch.finfo(torch.float64).max
     layers = [torch.tensor([-most, 0.0, most], dtype=torch.float64), torch.tensor([-math.inf, math.inf])]
     assert [global_counts(n, layers).tolist() for n in range(6)] == [[0, 0], [0, 1], [1, 1], [2, 1], [3, 1], [3, 2]]
+
+
+@given(scores_of_layers, st.data())
+def test_bounds_hold_and_the_rest_is_shared_as_without_them(layers, data):
+    least = [data.draw(st.integers(0, len(s))) for s in layers]
+    most = [data.draw(st.integers(low, len(s))) for low, s in zip(least, layers, strict=True)]
+    masked = data.draw(st.integers(sum(least), sum(most)))
+    tensors = [torch.tensor(s, dtype=torch.float32) for s in layers]
+    found = global_counts(masked, tensors, (least, most)).tolist()
+    assert found == plain.bounded_split(masked, [t.tolist() for t in tensors], least, most)
+
+
+@pytest.mark.parametrize(
+    ("context", "fraction", "units", "masked", "expected"),
+    [
+        (Context("global"), Fraction(1, 2), [10, 1], 5, ([0, 0], [9, 1])),
+        (Context("global"), Fraction(1), [10, 1], 11, ([0, 0], [10, 1])),  # nobody is left out at 100 %
+        (Context("global", floor=20, ceiling=75), Fraction(1, 2), [10, 8], 9, ([2, 2], [7, 6])),
+        (Context("global", floor=20), Fraction(1, 10), [10, 8], 2, ([1, 1], [9, 7])),  # not reached yet
+        (Context("global", ceiling=50), Fraction(1, 2), [3, 3], 3, ([0, 0], [2, 2])),  # 1 + 1 would be one too few
+    ],
+)
+def test_bounds_give_way_to_the_count(context, fraction, units, masked, expected):
+    assert context.bounds(fraction, units, masked) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"kind": "global", "floor": 60, "ceiling": 40}, "floor=60"),
+        ({"kind": "global", "floor": 101}, "floor 101"),
+        ({"kind": "global", "ceiling": "high"}, "ceiling 'high'"),
+        ({"kind": "local", "floor": 10}, "floor"),
+        ({"kind": "local", "normalization": "lamp"}, "normalization"),
+        ({"kind": "global", "densities": lambda f, s: []}, "densities"),
+        ({"kind": "local", "densities": 3}, "densities=3"),
+    ],
+)
+def test_what_a_context_has_no_use_for_is_refused_early(arguments, said):
+    with pytest.raises(ArgumentError, match=said):
+        Context(**arguments)
+
+
+def test_a_target_outside_floor_and_ceiling_is_refused():
+    for percent in (10, 96):
+        with pytest.raises(ArgumentError, match="outside floor=20 and ceiling=95"):
+            check_target(as_fraction(percent), Context("global", floor=20, ceiling=95))
+    check_target(as_fraction(0), Context("global", floor=20))

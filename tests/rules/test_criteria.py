@@ -29,11 +29,35 @@ TABLE = {
     "updating_magnitude_increase": (("weight", "previous"), [1.0, 0.0, 1.0, 0.0]),
     "updating_movement": (("weight", "previous"), [1.0, 0.0, 3.0, 0.0]),
     "updating_movmag": (("weight", "previous"), [3.0, 0.0, 6.0, 0.0]),
+    "taylor": (("weight", "gradient"), [6.0, 2.0, 1.0, 0.0]),
+    "taylor_squared": (("weight", "gradient"), [36.0, 4.0, 1.0, 0.0]),
+    "snip": (("weight", "gradient"), [6.0, 2.0, 1.0, 0.0]),
+    "grasp": (("weight", "hessian_gradient"), [3.0, 0.5, -4.0, 0.0]),
+    "synflow": (("weight", "flow"), [3.0, 1.5, 2.0, 0.0]),
+    "fisher": (("weight", "gradient_squared"), [4.5, 0.5, 4.0, 0.0]),
+    "sanh_movement": (("accumulated",), [-1.0, 0.0, 2.0, 0.5]),
+    "wanda": (("weight", "input_norm"), [12.0, 0.5, 6.0, 0.0]),
+    "wanda_l1": (("weight", "input_mean"), [3.0, 0.25, 4.0, 0.0]),
+    "wanda_max": (("weight", "input_max"), [9.0, 1.0, 4.0, 0.0]),
 }
 
 
 def evidence() -> dict[str, torch.Tensor]:
-    values = {"weight": W, "initial": W0, "previous": W1, "noise": [0.125, 0.875, 0.5, 0.5]}
+    values = {
+        "weight": W,
+        "initial": W0,
+        "previous": W1,
+        "noise": [0.125, 0.875, 0.5, 0.5],
+        "accumulated": [-1.0, 0.0, 2.0, 0.5],
+        "gradient": [2.0, -4.0, 0.5, 7.0],
+        "gradient_squared": [1.0, 4.0, 2.0, 3.0],
+        "hessian_gradient": [-1.0, 1.0, -2.0, 5.0],
+        "flow": [1.0, 3.0, 1.0, 2.0],
+        "input_norm": [4.0, 1.0, 3.0, 2.0],
+        "input_mean": [1.0, 0.5, 2.0, 1.0],
+        "input_max": [3.0, 2.0, 2.0, 1.0],
+    }
+    assert set(values) == set(EVIDENCE)
     return {name: torch.tensor(v) for name, v in values.items()}
 
 
@@ -125,7 +149,7 @@ def test_an_unknown_name_is_answered_with_the_closest():
     [
         (3, "3"),
         (None, "None"),
-        (lambda weight, gradient: weight, "gradient"),
+        (lambda weight, gradent: weight, "gradent.*gradient"),
         (lambda: 1, "no argument"),
         (lambda a, b: a, "'a'"),
     ],

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from gossamer.errors import ArgumentError
 from gossamer.rules.granularity import (
     GRANULARITIES,
+    REDUCTIONS,
     Granularity,
     as_granularity,
+    as_reduction,
     expand,
     fits,
     output_channels,
@@ -44,6 +46,8 @@ TABLE = {
     "shared_kernel":         ("ohw",  "ow",  "odhw",  "ohw",  "gohw",  None),
     "filter":                ("ihw",  "iw",  "idhw",  "ihw",  "ihw",   "i"),
     "layer":                 ("oihw", "oiw", "oidhw", "iohw", "giohw", "oi"),
+    # Blocks span parts of axes: see below.
+    **dict.fromkeys(("block_1x4", "block_4x1", "block_4x4", "block_16x16"), ("",) * 6),
 }  # fmt: skip
 
 
@@ -131,3 +135,56 @@ def test_filters_are_output_channels_in_the_layers_own_order():
     assert torch.equal(output_channels(kept.view(2, 1, 3, 1, 1), "giohw", filters.spans("giohw")), kept)
     assert output_channels(kept.view(6, 1, 1, 1), "oihw", (0, 2, 3)) is None
     assert output_channels(kept.view(6, 1), "oi", ()) is None
+
+
+@pytest.mark.parametrize(
+    ("block", "axes", "view", "expected"),
+    [
+        ((1, 4), "oi", (6, 8), ("oOiI", (6, 1, 2, 4), (1, 3))),
+        ((4, 1), "oi", (8, 6), ("oOiI", (2, 4, 6, 1), (1, 3))),
+        ((16, 16), "oihw", (32, 16, 3, 3), ("oOiIhw", (2, 16, 1, 16, 3, 3), (1, 3))),
+        ((2, 4), "iow", (8, 6, 3), ("iIoOw", (2, 4, 3, 2, 3), (1, 3))),
+        ((2, 2), "giohw", (2, 4, 6, 1, 1), ("giIoOhw", (2, 2, 2, 3, 2, 1, 1), (2, 4))),
+    ],
+)
+def test_a_block_is_a_part_of_two_axes(block, axes, view, expected):
+    assert as_granularity(f"{block[0]}x{block[1]}").cut(axes, view) == expected
+    assert as_granularity(f"{block[0]}×{block[1]}").cut(axes, view) == expected
+
+
+@pytest.mark.parametrize("name", GRANULARITIES)
+def test_without_blocks_a_cut_is_what_a_unit_spans(name):
+    rule = GRANULARITIES[name]
+    if rule.block is None and fits(rule, "oihw"):
+        assert rule.cut("oihw", (4, 3, 2, 2)) == ("oihw", (4, 3, 2, 2), rule.spans("oihw"))
+
+
+def test_a_block_that_does_not_divide_a_layer_is_refused():
+    with pytest.raises(ArgumentError, match="6 output channels do not divide into blocks of 4"):
+        as_granularity("4x1").cut("oi", (6, 8))
+    with pytest.raises(ArgumentError, match="6 input channels do not divide into blocks of 4"):
+        as_granularity("1x4").cut("oi", (8, 6))
+
+
+@pytest.mark.parametrize("block", [(0, 4), (4,), 4, "4x4", (True, 2), (2.0, 2)])
+def test_a_block_that_is_none_is_refused_early(block):
+    with pytest.raises(ArgumentError, match="block"):
+        Granularity("own", "", "", block)
+    with pytest.raises(ArgumentError, match="whole axis"):
+        Granularity("own", "i", "", (4, 4))
+
+
+def test_reductions_are_those_of_their_formulas():
+    scores = torch.tensor([[3.0, -4.0], [1.0, 2.0]])
+    table = {"mean": [-0.5, 1.5], "sum": [-1.0, 3.0], "l2": [5.0, 5.0**0.5], "max": [3.0, 2.0]}
+    assert set(REDUCTIONS) == set(table)
+    for name, expected in table.items():
+        pooled = pool(scores, [1], as_reduction(name))
+        assert pooled.shape == (2, 1)
+        assert pooled.flatten().tolist() == pytest.approx(expected)
+        assert torch.equal(pool(scores, [], as_reduction(name)), scores), "a weight is its own unit"
+    own = pool(scores, [1], as_reduction(lambda s, dims: s.amin(dims, keepdim=True)))
+    assert own.flatten().tolist() == [-4.0, 1.0]
+    for bad in ("medain", 3, None):
+        with pytest.raises(ArgumentError, match="mean"):
+            as_reduction(bad)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import ArgumentError
-from gossamer.rules.schedules import SCHEDULES, Schedule, as_schedule
+from gossamer.rules.schedules import SCHEDULES, Schedule, as_schedule, exponential, polynomial, steps
 
 # Progress at 0, 1/4, 1/2, 3/4 and 1 of training, from the papers' formulas.
 TABLE = {
@@ -21,6 +21,10 @@ TABLE = {
     "cos": [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1],
     "lin": [0, 0.25, 0.5, 0.75, 1],
     "dsd": [0, 0.5, 1, 0.5, 0],
+    "polynomial": [0, 1 - (3 / 4) ** 2, 1 - (1 / 2) ** 2, 1 - (1 / 4) ** 2, 1],
+    "exponential": [0, *((1 - math.exp(-5 * p)) / (1 - math.exp(-5)) for p in (0.25, 0.5, 0.75)), 1],
+    "steps": [0, 1 / 3, 2 / 3, 1, 1],
+    "constant": [1, 1, 1, 1, 1],
 }
 
 
@@ -53,7 +57,7 @@ def test_a_curve_can_lie_anywhere_in_training(name, a, b, at):
     assert 0 <= moved(at) <= 1
     assert moved(1.0) == SCHEDULES[name](1.0)
     assert moved(end) == moved(1.0)
-    if at <= start:
+    if at <= start and not (moved.immediate and at == start):
         assert moved(at) == 0
 
 
@@ -95,7 +99,15 @@ def test_names_and_schedules_pass_through():
 
 @pytest.mark.parametrize(
     ("name", "stepwise"),
-    [("one_shot", True), ("iterative", True), ("agp", False), ("one_cycle", False), ("cos", False), ("lin", False)],
+    [
+        ("one_shot", True),
+        ("iterative", True),
+        ("agp", False),
+        ("one_cycle", False),
+        ("cos", False),
+        ("lin", False),
+        ("steps", True),
+    ],
 )
 def test_a_schedule_knows_whether_it_has_steps(name, stepwise):
     assert SCHEDULES[name].stepwise is stepwise
@@ -175,3 +187,56 @@ def test_a_schedule_that_ends_a_rounding_error_below_one_ends_at_one() -> None:
 )
 def test_a_step_function_is_told_from_a_ramp_with_a_plateau(func, stepwise) -> None:
     assert Schedule(func).stepwise is stepwise
+
+
+@given(st.floats(0.1, 9), st.floats(0, 1))
+def test_a_polynomial_has_any_exponent_and_agp_is_the_cubic(power, at):
+    assert polynomial(power)(at) == pytest.approx(1 - (1 - at) ** power if at else 0, abs=1e-8)
+    assert polynomial(3, 0.2)(at) == SCHEDULES["agp"](at)
+    assert polynomial(power, 0.2, 0.7)(0.7) == 1
+
+
+@given(st.floats(-30, 30), st.floats(0, 1))
+def test_an_exponential_has_any_rate(rate, at):
+    if abs(rate) > 1e-3:
+        expected = (1 - math.exp(-rate * at)) / (1 - math.exp(-rate))
+        assert exponential(rate)(at) == pytest.approx(expected, abs=1e-6)
+
+
+def test_steps_jump_at_the_given_fractions():
+    three = steps(0.1, 0.5, 1.0)
+    assert [three(p) for p in (0, 0.09, 0.1, 0.49, 0.5, 0.99, 1.0)] == pytest.approx(
+        [0, 0, *[1 / 3] * 2, *[2 / 3] * 2, 1]
+    )
+    back = steps(1 / 3, 2 / 3, values=(1, 0))
+    assert [back(i / 6) for i in range(7)] == [0, 0, 1, 1, 0, 0, 0]
+    assert steps(*(i / 49 for i in range(1, 50)))(7 / 49) == pytest.approx(7 / 49), "whatever the rounding"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: polynomial(0), "power=0"),
+        (lambda: polynomial("3"), "power='3'"),
+        (lambda: polynomial(math.inf), "power=inf"),
+        (lambda: exponential(0), "rate=0"),
+        (lambda: exponential(math.nan), "rate=nan"),
+        (lambda: steps(), "steps at"),
+        (lambda: steps(0.5, 0.5), "increasing"),
+        (lambda: steps(0.0, 0.5), "above 0"),
+        (lambda: steps(0.5, 1.5), "1.5"),
+        (lambda: steps(0.5, values=(1.0, 1.0)), "one value each"),
+        (lambda: steps(0.5, values=(2.0,)), "2.0"),
+        (lambda: SCHEDULES["cos"].every(0), "every_n_steps=0"),
+        (lambda: SCHEDULES["cos"].every(1.5), "every_n_steps=1.5"),
+        (lambda: SCHEDULES["cos"].every(True), "every_n_steps=True"),
+    ],
+)
+def test_what_a_schedule_cannot_be_made_of_is_refused_early(make, said):
+    with pytest.raises(ArgumentError, match=said):
+        make()
+
+
+def test_only_an_immediate_schedule_starts_sparse():
+    assert [name for name, schedule in SCHEDULES.items() if schedule(0.0) > 0] == ["constant"]
+    assert SCHEDULES["constant"].between(0.5, 1.0)(0.25) == 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import plain
 from gossamer.errors import ArgumentError
 from gossamer.rules import selection
-from gossamer.rules.selection import Hint, grows, hint_after, nest, select, select_n_m, survey, take
+from gossamer.rules.selection import Hint, exchange, grows, hint_after, nest, select, select_n_m, survey, take
 
 # Few values make ties; the odd ones are where float comparison, sampling or arithmetic on brackets could go wrong.
 TINY = 2.0**-149
@@ -257,3 +257,41 @@ def test_scores_of_minus_infinity_do_not_upset_the_next_step():
     kept, _ = drop(scores, kept, 1_000, hint)
     assert int((~kept).sum()) == 30_990
     assert not kept[scores == -math.inf].any()
+
+
+@given(layers(), st.data())
+def test_an_exchange_drops_the_lowest_and_grows_the_highest(case, data):
+    scores, kept, _ = case
+    drop, keep = scores[0], kept[0]
+    grow = data.draw(st.lists(odd_or_any, min_size=len(drop), max_size=len(drop)))
+    n = data.draw(st.integers(0, sum(keep)))
+    found = exchange(torch.tensor(keep), torch.tensor(drop), torch.tensor(grow), keep.count(False), n).tolist()
+    left = set(plain.lowest(drop, [i for i, k in enumerate(keep) if k], n))
+    gone = [i for i, k in enumerate(keep) if not k or i in left]
+    still = plain.lowest(grow, gone, len(gone) - n)  # the highest come, so the lowest stay masked
+    assert found == [i not in still for i in range(len(keep))]
+    assert sum(found) == sum(keep)
+    masked = torch.tensor(keep.count(False))
+    assert (
+        found == exchange(torch.tensor(keep), torch.tensor(drop), torch.tensor(grow), masked, masked * 0 + n).tolist()
+    )
+
+
+@given(st.integers(1, 5), st.sampled_from([2, 4, 40]), st.data())
+def test_an_exchange_keeps_a_pattern(blocks, m, data):
+    values = st.lists(st.integers(-3, 3), min_size=m * blocks, max_size=m * blocks)
+    drop, grow = (torch.tensor(data.draw(values), dtype=torch.float32).view(blocks, m) for _ in range(2))
+    kept = select_n_m(drop.flip(0), torch.ones(blocks, m, dtype=torch.bool), blocks * m // 2, m)
+    n = data.draw(st.integers(0, blocks * m // 2))
+    after = exchange(kept, drop, grow, blocks * m // 2, n, m)
+    assert (after.sum(1) == m // 2).all()
+    assert int((kept & ~after).sum()) <= n
+
+
+@pytest.mark.parametrize("m", [8, 33, 100])
+def test_long_blocks_are_ranked_as_short_ones_are(m):
+    scores = torch.randint(-5, 6, (7, m)).float()
+    keep = select_n_m(scores, torch.ones(7, m, dtype=torch.bool), 7 * (m // 3), m)
+    for row, kept in zip(scores.tolist(), keep.tolist(), strict=True):
+        gone = plain.lowest(row, range(m), m // 3)
+        assert kept == [i not in gone for i in range(m)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer import Sparsifier
 from gossamer.runtime import model as runtime_model
-from gossamer.runtime.operators import Convolution
+from gossamer.runtime.layers import Layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own
 
@@ -49,13 +49,13 @@ def error(got: Tensor, want: Tensor) -> float:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every graph that is made, so that a test can see that one was."""
     made: list[Any] = []
-    real = runtime_model._graph_of
+    real = runtime_model._gathered
 
     def watched(*args: Any) -> Any:
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(runtime_model, "_graph_of", watched)
+    monkeypatch.setattr(runtime_model, "_gathered", watched)
     return made
 
 
@@ -67,7 +67,7 @@ def test_pytorchs_own_door_leads_to_the_engine(compiled: list[Any]) -> None:
         for shape in ((2, 3, 12, 12), (2, 3, 12, 12), (5, 3, 12, 12), (5, 3, 20, 16)):
             x = torch.randn(shape)
             assert error(fast(x), net(x)) < 1e-5
-    convs = [m for m in compiled[0].modules() if isinstance(m, Convolution)]
+    convs = [m for m in compiled[0].modules() if isinstance(m, Layer) and m.geometry is not None]
     assert [c.is_sparse for c in convs[:2]] == [True, True]
     assert convs[0].activation == "relu"  # and the normalisation is folded
 

@@ -7,89 +7,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.errors import ArgumentError
+from gossamer.registry import Registry
+from gossamer.rules.densities import Densities, er, erk, uniform_plus
 
-_CONTEXTS = "use 'local', 'global' or a pattern N:M such as '2:4'"
-
-
-@dataclass(frozen=True)
-class Context:
-    """Which units compete with which.
-
-    Args:
-        kind: 'local' (inside each layer), 'global' (across all layers) or 'n:m' (inside blocks of m inputs).
-        n: units that a block keeps, for 'n:m'.
-        m: units in a block, for 'n:m'.
-
-    Raises:
-        ArgumentError: another kind, or N is not smaller than M.
-
-    Example:
-        >>> as_context("2:4")
-        Context(kind='n:m', n=2, m=4)
-    """
-
-    kind: str
-    n: int = 0
-    m: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("local", "global", "n:m"):
-            raise ArgumentError(f"unknown context {self.kind!r}; {_CONTEXTS}")
-        if self.kind == "n:m" and not 0 < self.n < self.m:
-            raise ArgumentError(
-                f"context '{self.n}:{self.m}' keeps {self.n} of every {self.m}; N must be at least 1 and less than M"
-            )
-        if self.kind != "n:m" and (self.n, self.m) != (0, 0):
-            raise ArgumentError(f"context {self.kind!r} has no blocks, got n={self.n} and m={self.m}; leave them out")
-
-    @property
-    def fraction(self) -> Fraction | None:
-        """The sparsity that an N:M pattern means, None for the others.
-
-        Example:
-            >>> as_context("1:4").fraction
-            Fraction(3, 4)
-        """
-        return Fraction(self.m - self.n, self.m) if self.m else None
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.m else self.kind
+_CHUNK = 1 << 18
+_KINDS = ("local", "global", "output", "n:m")
 
 
-def as_context(context: Context | str) -> Context:
-    """A context from 'local', 'global' or an N:M pattern such as '2:4'.
-
-    Args:
-        context: the value given.
-
-    Raises:
-        ArgumentError: it is none of these, or N is not smaller than M.
-
-    Example:
-        >>> as_context("global").kind
-        'global'
-    """
-    if isinstance(context, Context):
-        return context
-    if context in ("local", "global"):
-        return Context(context)
-    pattern = re.fullmatch(r"(\d+):(\d+)", context) if isinstance(context, str) else None
-    if pattern is None:
-        raise ArgumentError(f"unknown context {context!r}; {_CONTEXTS}")
-    return Context("n:m", int(pattern[1]), int(pattern[2]))
-
-
-def as_fraction(percent: float) -> Fraction:
+def as_fraction(percent: float, what: str = "sparsity") -> Fraction:
     """A percentage as an exact fraction, read as it is written: 2.3 is 23/1000, not the nearest binary number.
 
     Args:
         percent: from 0 to 100.
+        what: it is, for the message.
 
     Raises:
         ArgumentError: no number, or outside [0, 100].
@@ -105,10 +42,167 @@ def as_fraction(percent: float) -> Fraction:
     except OverflowError:  # an integer beyond all floats
         value = math.inf
     except (TypeError, ValueError, RuntimeError):  # the last from a tensor of several
-        raise ArgumentError(f"sparsity {percent!r} is no number; give a percentage from 0 to 100") from None
+        raise ArgumentError(f"{what} {percent!r} is no number; give a percentage from 0 to 100") from None
     if not 0 <= value <= 100:
-        raise ArgumentError(f"sparsity {percent!r} is outside [0, 100]; it is a percentage, so 50 means half")
+        raise ArgumentError(f"{what} {percent!r} is outside [0, 100]; it is a percentage, so 50 means half")
     return Fraction(repr(value)) / 100
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which units compete with which, and how many each layer gives.
+
+    Args:
+        kind: 'local' (inside each layer), 'output' (inside each output channel), 'n:m' (inside blocks of m inputs) or
+            'global' (across all layers).
+        n: units that a block keeps, for 'n:m'.
+        m: units in a block, for 'n:m'.
+        floor: percent of its units that every layer masks at least, for 'global'.
+        ceiling: percent of its units that no layer masks more than, for 'global'. Even at 100 a layer of several units
+            keeps one of them, unless the target leaves too few for that.
+        normalization: how scores of different layers are made comparable, for 'global': a name, see
+            `rules.normalization`; '' where the run decides.
+        densities: what gives each layer its own target, for 'local' and 'output': a function of the network's target
+            and the layers' shapes, see `rules.densities`; None for the same target everywhere.
+        name: what messages call it.
+
+    Raises:
+        ArgumentError: another kind, N larger than M, or something that the kind has no use for.
+
+    Example:
+        >>> str(as_context("2:4")), str(Context("global", ceiling=95))
+        ('2:4', 'global, 0 to 95 %')
+    """
+
+    kind: str
+    n: int = 0
+    m: int = 0
+    floor: float = 0
+    ceiling: float = 100
+    normalization: str = ""
+    densities: Densities | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ArgumentError(f"unknown context {self.kind!r}; use one of {', '.join(map(repr, _KINDS))}")
+        if self.kind == "n:m" and not 0 < self.n <= self.m:
+            raise ArgumentError(
+                f"context '{self.n}:{self.m}' keeps {self.n} of every {self.m}; N must be at least 1 and at most M"
+            )
+        if self.kind != "n:m" and (self.n, self.m) != (0, 0):
+            raise ArgumentError(f"context {self.kind!r} has no blocks, got n={self.n} and m={self.m}; leave them out")
+        low, high = as_fraction(self.floor, "floor"), as_fraction(self.ceiling, "ceiling")
+        if low > high:
+            raise ArgumentError(f"context with floor={self.floor} above ceiling={self.ceiling}; exchange them")
+        if self.kind != "global" and ((low, high) != (0, 1) or self.normalization):
+            raise ArgumentError(
+                f"context {self.kind!r} gives every layer its target, so floor, ceiling and normalization have nothing "
+                "to do; they are for 'global'"
+            )
+        if self.densities is not None and (self.kind not in ("local", "output") or not callable(self.densities)):
+            raise ArgumentError(
+                f"densities={self.densities!r} with context {self.kind!r}; a function that gives each layer its target "
+                "goes with 'local' or 'output'"
+            )
+
+    @property
+    def fraction(self) -> Fraction | None:
+        """The sparsity that an N:M pattern means, None for the others.
+
+        Example:
+            >>> as_context("1:4").fraction
+            Fraction(3, 4)
+        """
+        return Fraction(self.m - self.n, self.m) if self.m else None
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether layers compete with each other.
+
+        Example:
+            >>> as_context("lamp").is_pooled, as_context("erk").is_pooled
+            (True, False)
+        """
+        return self.kind == "global"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the target is the network's, and each layer's own follows from it.
+
+        Example:
+            >>> as_context("erk").is_shared, as_context("local").is_shared
+            (True, False)
+        """
+        return self.is_pooled or self.densities is not None
+
+    def bounds(self, fraction: Fraction, units: Sequence[int], masked: int) -> tuple[list[int], list[int]]:
+        """The least and the most units that each of the competing layers masks.
+
+        Args:
+            fraction: of all units, to mask now; a floor above it waits until it is reached.
+            units: how many each layer has.
+            masked: how many are to be masked in all of them; bounds that would not allow so many give way.
+
+        Example:
+            >>> Context("global", ceiling=50).bounds(Fraction(1, 4), [10, 1], 3)
+            ([0, 0], [5, 1])
+        """
+        low = min(as_fraction(self.floor), fraction)
+        high = as_fraction(self.ceiling)
+        least = [math.ceil(low * n) for n in units]
+        if sum(least) > masked:
+            least = [math.floor(low * n) for n in units]
+        most = [min(math.floor(high * n), n - 1) if n > 1 else n for n in units]
+        if sum(most) < masked:
+            most = [max(math.ceil(high * n), 1) for n in units]
+        return least, most if sum(most) >= masked else list(units)
+
+    def __str__(self) -> str:
+        if self.m:
+            return f"{self.n}:{self.m}"
+        name = self.name or self.kind
+        if (self.floor, self.ceiling) == (0, 100):
+            return name
+        return f"{name}, {self.floor:g} to {self.ceiling:g} %"
+
+
+CONTEXTS: Registry[Context] = Registry("context", Context)
+for _context in (
+    Context("local", name="local"),
+    Context("global", name="global"),
+    Context("output", name="output"),
+    Context("global", normalization="lamp", name="lamp"),
+    Context("local", densities=er, name="er"),
+    Context("local", densities=erk, name="erk"),
+    Context("local", densities=uniform_plus, name="uniform_plus"),
+):
+    CONTEXTS.register(_context.name, _context)
+
+
+def as_context(context: Context | str) -> Context:
+    """A context from a registered name, or from an N:M pattern such as '2:4'.
+
+    Args:
+        context: the value given.
+
+    Raises:
+        ArgumentError: it is none of these, or N is larger than M.
+
+    Example:
+        >>> as_context("global").kind
+        'global'
+    """
+    if isinstance(context, Context):
+        return context
+    if isinstance(context, str) and context in CONTEXTS:
+        return CONTEXTS[context]
+    pattern = re.fullmatch(r"(\d+):(\d+)", context) if isinstance(context, str) else None
+    if pattern is None:
+        raise ArgumentError(
+            f"unknown context {context!r}; use {', '.join(map(repr, CONTEXTS))}, or a pattern N:M such as '2:4'"
+        )
+    return Context("n:m", int(pattern[1]), int(pattern[2]))
 
 
 def count(fraction: Fraction | float, n: int) -> int:
@@ -167,7 +261,7 @@ def check_target(fraction: Fraction, context: Context) -> None:
     """Makes sure that a context can meet a target.
 
     Raises:
-        ArgumentError: an N:M pattern means another sparsity.
+        ArgumentError: an N:M pattern means another sparsity, or it lies outside a floor and a ceiling.
 
     Example:
         >>> check_target(as_fraction(50), as_context("2:4"))
@@ -177,6 +271,11 @@ def check_target(fraction: Fraction, context: Context) -> None:
         raise ArgumentError(
             f"context '{context}' masks {float(pattern * 100):g} % of every layer, got sparsity "
             f"{float(fraction * 100):g}; pass sparsity={float(pattern * 100):g}"
+        )
+    if fraction and not as_fraction(context.floor) <= fraction <= as_fraction(context.ceiling):
+        raise ArgumentError(
+            f"sparsity {float(fraction * 100):g} lies outside floor={context.floor} and ceiling={context.ceiling} of "
+            "the context, which every layer keeps to; widen them"
         )
 
 
@@ -211,7 +310,17 @@ def pooled_counts(masked: int, settled: Sequence[int], scores: Sequence[Tensor])
     return counts, float(threshold)
 
 
-def global_counts(masked: int, scores: Sequence[Tensor]) -> Tensor:
+class Slices(Protocol):
+    """Scores of a layer's units, flat: a 1-D tensor, or something that computes slices when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Tensor: ...
+
+
+def global_counts(
+    masked: int, scores: Sequence[Slices], bounds: tuple[Sequence[int], Sequence[int]] | None = None
+) -> Tensor:
     """The same split found by counting alone: no sort, no copy to the host, memory that does not grow with the model.
 
     Floats order like the integers that their bits spell, so 32 halvings of the integers (64 where a score is float64),
@@ -219,7 +328,8 @@ def global_counts(masked: int, scores: Sequence[Tensor]) -> Tensor:
 
     Args:
         masked: units to mask in all layers together.
-        scores: for each layer, a score for every unit; float32 or float64, no nan.
+        scores: for each layer, a score for every unit, flat; float32 or float64, no nan.
+        bounds: the least and the most units that each layer masks; their sums lie below and above `masked`.
 
     Returns:
         int64, one count a layer, on the scores' device.
@@ -227,18 +337,36 @@ def global_counts(masked: int, scores: Sequence[Tensor]) -> Tensor:
     Example:
         >>> global_counts(2, [torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.3])]).tolist()
         [1, 1]
+        >>> global_counts(2, [torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4])], ([0, 0], [1, 2])).tolist()
+        [1, 1]
     """
-    wide = any(s.dtype == torch.float64 for s in scores)
-    keys = [_order_keys(s, wide) for s in scores]
-    ends = torch.iinfo(keys[0].dtype)
-    low = torch.full((), ends.min, dtype=torch.int64, device=keys[0].device)
+    samples = [s[0:1] for s in scores]
+    device, wide = samples[0].device, any(s.dtype == torch.float64 for s in samples)
+    chunk = _CHUNK if device.type == "cpu" else max(len(s) for s in scores)
+    keys = [_order_keys(s, wide) if isinstance(s, Tensor) else None for s in scores]
+
+    def at_most(key: Tensor, below: bool = False) -> Tensor:
+        compare = torch.lt if below else torch.le
+        counts: list[Tensor] = []
+        for layer, known in zip(scores, keys, strict=True):
+            n = torch.zeros((), dtype=torch.int64, device=device)
+            for start in range(0, len(layer), chunk):
+                part = slice(start, start + chunk)
+                n += compare(_order_keys(layer[part], wide) if known is None else known[part], key).sum()
+            counts.append(n)
+        stacked = torch.stack(counts)
+        return stacked if bounds is None else stacked.clamp(*limits)
+
+    limits = [torch.tensor(b, dtype=torch.int64, device=device) for b in bounds or ()]
+    ends = torch.iinfo(torch.int64 if wide else torch.int32)
+    low = torch.full((), ends.min, dtype=torch.int64, device=device)
     high = torch.full_like(low, ends.max)
     for _ in range(ends.bits):
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, rounded down, of numbers whose sum may not fit
-        enough = torch.stack([(k <= middle).sum() for k in keys]).sum() >= masked
+        enough = at_most(middle).sum() >= masked
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    below = torch.stack([(k < high).sum() for k in keys])
-    ties = torch.stack([(k == high).sum() for k in keys])
+    below = at_most(high, below=True)
+    ties = at_most(high) - below
     before = ties.cumsum(0) - ties
     return below + torch.minimum((masked - below.sum() - before).clamp(min=0), ties)
 

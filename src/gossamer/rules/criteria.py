@@ -25,9 +25,23 @@ EVIDENCE = MappingProxyType(
         "initial": "the weight as it was when the run began",
         "previous": "the weight as it was when the masks last moved",
         "noise": "uniform random numbers in [0, 1), the same for a layer all through a run",
+        "accumulated": "-Σ w · ∂L/∂w over the steps of training so far, each with the weight that the gradient is of",
+        "gradient": "∂L/∂w, the mean over the batches of the data, the network in the mode that it is in",
+        "gradient_squared": "(∂L/∂w)², the mean over the single samples of the data, in evaluation mode",
+        "hessian_gradient": "H·g: the Hessian of the loss times its gradient, the network in the mode that it is in",
+        "flow": "∂R/∂|w|, where R sums the outputs for an input of ones and every parameter is its magnitude",
+        "input_norm": "√Σx² over all inputs x that the weight is multiplied with, in evaluation mode",
+        "input_mean": "the mean of |x| over these inputs",
+        "input_max": "the largest |x| among these inputs",
     }
 )
-"""What a criterion may look at, each of the weight's shape, in float32 or wider. Gradients, activations join here."""
+"""What a criterion may look at, each of the weight's shape, in float32 or wider."""
+
+OF_LOSS = frozenset({"gradient", "gradient_squared", "hessian_gradient"})
+"""Evidence that takes data, and a loss."""
+
+OF_DATA = OF_LOSS | {"flow", "input_norm", "input_mean", "input_max"}
+"""Evidence that takes data: gathered when masks move, dropped when they have moved."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class Criterion:
             parameter without a default is named after the evidence it wants (see `EVIDENCE`).
         name: what messages call it; the function's own name if not given.
         elementwise: whether each score depends on its own position only, so that it may be computed piece by piece.
+        magnitude: whether the score is the absolute value of the one evidence that it needs, and nothing else, so that
+            it may be read off the bits.
 
     Raises:
         ArgumentError: no function, or one that asks for evidence that does not exist.
@@ -52,6 +68,7 @@ class Criterion:
     func: Callable[..., Tensor]
     name: str = ""
     elementwise: bool = False
+    magnitude: bool = False
     needs: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -77,7 +94,7 @@ class Criterion:
         # A registered one hides its function from pickle behind its own name, so it travels by that name.
         if CRITERIA.get(self.name) is self:
             return as_criterion, (self.name,)
-        return Criterion, (self.func, self.name, self.elementwise)
+        return Criterion, (self.func, self.name, self.elementwise, self.magnitude)
 
     def score(self, evidence: dict[str, Tensor]) -> Tensor:
         """Scores from a dict that holds at least what the criterion needs.
@@ -161,9 +178,13 @@ def as_criterion(criterion: Criterion | str | Callable[..., Tensor]) -> Criterio
     return Criterion(criterion)
 
 
-def _elementwise(func: Callable[..., Tensor]) -> Criterion:
+def _elementwise(func: Callable[..., Tensor], magnitude: bool = False) -> Criterion:
     name = func.__name__
-    return CRITERIA.register(name, Criterion(func, name=name, elementwise=True))
+    return CRITERIA.register(name, Criterion(func, name=name, elementwise=True, magnitude=magnitude))
+
+
+def _magnitude(func: Callable[..., Tensor]) -> Criterion:
+    return _elementwise(func, magnitude=True)
 
 
 @_elementwise
@@ -172,13 +193,15 @@ def random(noise: Tensor) -> Tensor:
     return noise
 
 
-@_elementwise
+@_magnitude
 def large_final(weight: Tensor) -> Tensor:
     """|w|: keep the large weights (Han et al. 2015; Zhou et al. 2019, arXiv:1905.01067)."""
     return weight.abs()
 
 
-magnitude = CRITERIA.register("magnitude", Criterion(large_final.func, name="magnitude", elementwise=True))
+magnitude = CRITERIA.register(
+    "magnitude", Criterion(large_final.func, name="magnitude", elementwise=True, magnitude=True)
+)
 
 
 @_elementwise
@@ -193,7 +216,7 @@ def small_final(weight: Tensor) -> Tensor:
     return weight.abs().neg_()
 
 
-@_elementwise
+@_magnitude
 def large_init(initial: Tensor) -> Tensor:
     """|w₀|: keep the weights that began large (Zhou et al. 2019)."""
     return initial.abs()
@@ -251,3 +274,73 @@ def updating_movement(weight: Tensor, previous: Tensor) -> Tensor:
 def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
     """|w · (w - w')|: as `movmag`, since the masks last moved."""
     return (weight - previous).mul_(weight).abs_()
+
+
+@_elementwise
+def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|w · ∂L/∂w|: to first order, the change of the loss if the weight goes (Molchanov et al. 2019,
+    arXiv:1906.10771).
+    """
+    return (weight * gradient).abs_()
+
+
+@_elementwise
+def taylor_squared(weight: Tensor, gradient: Tensor) -> Tensor:
+    """(w · ∂L/∂w)²: as `taylor` for single weights; over a unit, the paper's sum of squares (Molchanov et al. 2019)."""
+    return (weight * gradient).square_()
+
+
+@_elementwise
+def snip(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|w · ∂L/∂w| before training, global, with `schedule='constant'` (SNIP, Lee et al. 2019, arXiv:1810.02340)."""
+    return (weight * gradient).abs_()
+
+
+@_elementwise
+def grasp(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
+    """w · (H·g): keep what the gradient's flow rests on (GraSP, Wang et al. 2020, arXiv:2002.07376; its S with the
+    sign turned).
+    """
+    return weight * hessian_gradient
+
+
+@_elementwise
+def synflow(weight: Tensor, flow: Tensor) -> Tensor:
+    """|w| · ∂R/∂|w|: the synaptic flow through a weight, of ones through magnitudes (SynFlow, Tanaka et al. 2020,
+    arXiv:2006.05467).
+    """
+    return weight.abs() * flow
+
+
+@_elementwise
+def fisher(weight: Tensor, gradient_squared: Tensor) -> Tensor:
+    """w² · E[(∂L/∂w)²] / 2: optimal brain damage with the empirical Fisher matrix's diagonal (LeCun et al. 1990)."""
+    return weight.square().mul_(gradient_squared).mul_(0.5)
+
+
+@_elementwise
+def sanh_movement(accumulated: Tensor) -> Tensor:
+    """-Σ w · ∂L/∂w over the steps: keep weights that training moves away from zero (movement pruning, Sanh et al.
+    2020, arXiv:2005.07683).
+    """
+    return accumulated
+
+
+@_elementwise
+def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
+    """|w| · ‖x‖₂: magnitude times the norm of its inputs, meant for context `'output'` (Wanda, Sun et al. 2024,
+    arXiv:2306.11695).
+    """
+    return weight.abs() * input_norm
+
+
+@_elementwise
+def wanda_l1(weight: Tensor, input_mean: Tensor) -> Tensor:
+    """|w| · mean|x|: as `wanda`, with the mean magnitude of the inputs."""
+    return weight.abs() * input_mean
+
+
+@_elementwise
+def wanda_max(weight: Tensor, input_max: Tensor) -> Tensor:
+    """|w| · max|x|: as `wanda`, with the largest input."""
+    return weight.abs() * input_max

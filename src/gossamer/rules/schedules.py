@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,10 +31,13 @@ class Schedule:
         stepwise: whether the curve is flat but for a few jumps; a lottery ticket rewinds at each of them. By
             default the curve is looked at.
         name: what messages and plots call it; the function's own name if not given.
+        every_n_steps: after every how many optimizer steps masks move; at the end of training they do in any case.
+        immediate: whether masks are there before the first step, so that the progress at the start is the curve's own
+            and not 0.
 
     Raises:
-        ArgumentError: the interval is empty or outside [0, 1], the function takes another number of arguments,
-            or it fails, or gives something that is no finite number in [0, 1].
+        ArgumentError: the interval is empty or outside [0, 1], `every_n_steps` is no positive integer, the function
+            takes another number of arguments, or it fails, or gives something that is no finite number in [0, 1].
 
     Example:
         >>> late = Schedule(lambda pos: pos, start_pct=0.5)
@@ -47,6 +50,8 @@ class Schedule:
     end_pct: float = 1.0
     stepwise: bool | None = None
     name: str = ""
+    every_n_steps: int = 1
+    immediate: bool = False
     _arity: int = field(init=False, repr=False, compare=False, default=1)
 
     def __post_init__(self) -> None:
@@ -61,6 +66,11 @@ class Schedule:
         if self.start_pct >= self.end_pct:
             raise ArgumentError(
                 f"start_pct={self.start_pct} is not before end_pct={self.end_pct}; the schedule would have no length"
+            )
+        if isinstance(self.every_n_steps, bool) or not isinstance(self.every_n_steps, int) or self.every_n_steps < 1:
+            raise ArgumentError(
+                f"every_n_steps={self.every_n_steps!r} is no positive integer; masks move after every so many steps of "
+                "the optimizer, 1 for each"
             )
         if not self.name:
             own = getattr(self.func, "__name__", "") or type(self.func).__name__
@@ -91,7 +101,9 @@ class Schedule:
             raise ArgumentError(
                 f"fraction of training {fraction!r} is outside [0, 1]; give steps done over steps in all"
             )
-        if fraction <= self.start_pct:  # so that the weights of that very moment are still dense ones
+        if fraction <= self.start_pct and not self.immediate:  # the weights of that very moment are still dense ones
+            return 0.0
+        if fraction < self.start_pct:
             return 0.0
         return self._at(min(1.0, (fraction - self.start_pct) / (self.end_pct - self.start_pct)))
 
@@ -103,6 +115,15 @@ class Schedule:
             0.0
         """
         return replace(self, start_pct=start_pct, end_pct=end_pct)
+
+    def every(self, n_steps: int) -> Schedule:
+        """The same curve, followed by masks that move after every so many optimizer steps only.
+
+        Example:
+            >>> cos.every(100).every_n_steps
+            100
+        """
+        return replace(self, every_n_steps=n_steps)
 
     def _at(self, pos: float) -> float:
         try:
@@ -250,6 +271,162 @@ def sched_dsd(pos: float) -> float:
     return (1 - math.cos(2 * math.pi * pos)) / 2
 
 
+def sched_constant(pos: float) -> float:
+    """The whole target before the first step, and all through training: static sparsity, as of pruning at the start.
+
+    Example:
+        >>> sched_constant(0.0)
+        1.0
+    """
+    del pos
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Fast, then slower: 1 - (1 - pos)^power, here with power 2 (Zhu & Gupta 2017, arXiv:1710.01878; `agp` is the
+    cubic).
+
+    Args:
+        power: the exponent; 1 is a straight line.
+
+    Raises:
+        ArgumentError: no positive number.
+
+    Example:
+        >>> Polynomial(2)(0.5)
+        0.75
+    """
+
+    power: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)) or not 0 < self.power < math.inf:
+            raise ArgumentError(f"power={self.power!r} is no positive number; 3 gives the cubic of 'agp'")
+
+    def __call__(self, pos: float) -> float:
+        """Progress at a position."""
+        return 1 - (1 - pos) ** self.power
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """Fast, then slower: (1 - e^(-rate·pos)) / (1 - e^(-rate)), here with rate 5; a negative rate is slow at first.
+
+    Args:
+        rate: how fast.
+
+    Raises:
+        ArgumentError: zero, too large to compute with, or no number.
+
+    Example:
+        >>> round(Exponential(5)(0.2), 3)
+        0.636
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        good = not isinstance(self.rate, bool) and isinstance(self.rate, (int, float))
+        if not good or not 0 < abs(self.rate) <= 100:
+            raise ArgumentError(f"rate={self.rate!r} is not between -100 and 100, or is 0, which would be 'lin'; try 5")
+
+    def __call__(self, pos: float) -> float:
+        """Progress at a position."""
+        return math.expm1(-self.rate * pos) / math.expm1(-self.rate)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Jumps at given fractions, here to thirds at 1/4, 1/2 and 3/4; flat in between.
+
+    Args:
+        at: fractions of training, increasing, each in (0, 1].
+        values: the progress from each of them on.
+
+    Raises:
+        ArgumentError: no fractions, or in another order, or another number of values, or one outside [0, 1].
+
+    Example:
+        >>> two = Steps((0.25, 0.5), (0.5, 1.0))
+        >>> [two(p) for p in (0.2, 0.25, 0.4, 0.9)]
+        [0.0, 0.5, 0.5, 1.0]
+    """
+
+    at: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for label, numbers in (("at", self.at), ("values", self.values)):
+            wrong = [x for x in numbers if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x <= 1]
+            if wrong:
+                raise ArgumentError(f"steps: {label} has {wrong[0]!r}; each is a number from 0 to 1")
+        if not self.at or self.at[0] == 0 or any(a >= b for a, b in zip(self.at, self.at[1:], strict=False)):
+            raise ArgumentError(f"steps at {self.at!r}; give fractions of training, increasing, each above 0")
+        if len(self.at) != len(self.values):
+            raise ArgumentError(f"steps at {len(self.at)} fractions and with {len(self.values)} values; one value each")
+
+    def __call__(self, pos: float) -> float:
+        """Progress at a position."""
+        taken = [v for a, v in zip(self.at, self.values, strict=True) if pos >= a - 1e-9]
+        return taken[-1] if taken else 0.0
+
+
+def polynomial(power: float = 2.0, start_pct: float = 0.0, end_pct: float = 1.0) -> Schedule:
+    """A polynomial of any exponent, 1 - (1 - pos)^power (Zhu & Gupta 2017, arXiv:1710.01878).
+
+    Args:
+        power: the exponent.
+        start_pct: fraction of training at which the curve starts.
+        end_pct: fraction at which it ends.
+
+    Raises:
+        ArgumentError: see `Polynomial` and `Schedule`.
+
+    Example:
+        >>> polynomial(3)(0.5) == agp.between(0, 1)(0.5)
+        True
+    """
+    return Schedule(Polynomial(power), start_pct, end_pct, name=f"polynomial({power:g})")
+
+
+def exponential(rate: float = 5.0, start_pct: float = 0.0, end_pct: float = 1.0) -> Schedule:
+    """An exponential curve, (1 - e^(-rate·pos)) / (1 - e^(-rate)).
+
+    Args:
+        rate: how fast it is at first; a negative one is slow at first.
+        start_pct: fraction of training at which the curve starts.
+        end_pct: fraction at which it ends.
+
+    Raises:
+        ArgumentError: see `Exponential` and `Schedule`.
+
+    Example:
+        >>> exponential(-5)(0.5) < 0.5 < exponential(5)(0.5)
+        True
+    """
+    return Schedule(Exponential(rate), start_pct, end_pct, name=f"exponential({rate:g})")
+
+
+def steps(*at: float, values: Sequence[float] | None = None) -> Schedule:
+    """Jumps at given fractions of training.
+
+    Args:
+        at: the fractions, increasing, each in (0, 1].
+        values: the progress from each of them on; by default equal steps up to 1.
+
+    Raises:
+        ArgumentError: see `Steps`.
+
+    Example:
+        >>> [steps(0.3, 0.6)(p) for p in (0.2, 0.3, 0.6)]
+        [0.0, 0.5, 1.0]
+    """
+    if values is None:
+        values = [(i + 1) / len(at) for i in range(len(at))]
+    return Schedule(Steps(tuple(at), tuple(values)), stepwise=True, name="steps")
+
+
 one_shot = _register("one_shot", sched_one_shot, start_pct=0.5)
 iterative = _register("iterative", sched_iterative, start_pct=0.2)
 agp = _register("agp", sched_agp, start_pct=0.2)
@@ -257,3 +434,7 @@ one_cycle = _register("one_cycle", sched_onecycle)
 cos = _register("cos", sched_cosine)
 lin = _register("lin", sched_linear)
 dsd = _register("dsd", sched_dsd)
+SCHEDULES.register("polynomial", Schedule(Polynomial(2.0), name="polynomial"))
+SCHEDULES.register("exponential", Schedule(Exponential(5.0), name="exponential"))
+SCHEDULES.register("steps", Schedule(Steps((0.25, 0.5, 0.75), (1 / 3, 2 / 3, 1.0)), stepwise=True, name="steps"))
+constant = SCHEDULES.register("constant", Schedule(sched_constant, stepwise=False, name="constant", immediate=True))

@@ -22,6 +22,7 @@ from gossamer.errors import ArgumentError
 
 _CHUNK = 1 << 18  # units looked at together: small enough that a chunk's temporaries are recycled, not mapped anew
 _SAMPLE = 1 << 12
+_SHORT = 32  # units in a row, up to which comparing each with each is quicker than sorting
 _SMALL = 1 << 15  # with fewer units than this, ordering all of them is quicker than looking for a bracket
 
 
@@ -110,11 +111,7 @@ def select_n_m(scores: Tensor, kept: Tensor, masked: int, m: int) -> Tensor:
     """
     nested = nest(scores.reshape(-1), kept.reshape(-1), grows(kept, masked)).view(-1, m)
     base, extra = divmod(masked, nested.shape[0])
-    rank = torch.zeros_like(nested, dtype=torch.int16)
-    for j in range(m):  # m compares beat a sort of millions of short rows
-        other = nested[:, j : j + 1]
-        rank[:, :j] += other < nested[:, :j]
-        rank[:, j + 1 :] += other <= nested[:, j + 1 :]
+    rank = _ranks(nested)
     keep = rank >= base
     if extra:
         at_base = rank == base  # one a block, so the sum is that one's score
@@ -123,6 +120,46 @@ def select_n_m(scores: Tensor, kept: Tensor, masked: int, m: int) -> Tensor:
         chosen[order[:extra]] = True
         keep &= ~(at_base & chosen[:, None])
     return keep.view(kept.shape)
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """Each entry's place in its row's order, ties by position."""
+    if rows.shape[1] > _SHORT:
+        order = torch.argsort(rows, dim=1, stable=True)
+        places = torch.arange(rows.shape[1], device=rows.device).expand_as(order)
+        return torch.empty_like(order).scatter_(1, order, places)
+    rank = torch.zeros_like(rows, dtype=torch.int16)
+    for j in range(rows.shape[1]):  # m compares beat a sort of millions of short rows
+        other = rows[:, j : j + 1]
+        rank[:, :j] += other < rows[:, :j]
+        rank[:, j + 1 :] += other <= rows[:, j + 1 :]
+    return rank
+
+
+def exchange(kept: Tensor, drop: Tensor, grow: Tensor, masked: int | Tensor, n: int | Tensor, m: int = 0) -> Tensor:
+    """Masks the n lowest of the kept units, and lets the n highest of all that are then masked grow.
+
+    A unit that was just masked may come back, as in RigL's own code, and has then never been gone.
+
+    Args:
+        kept: bool, the mask that there is.
+        drop: scores by which kept units go; the lowest first.
+        grow: scores by which masked units come back; the highest first.
+        masked: how many units are masked now; an int, or a 0-d tensor on the same device (with blocks an int).
+        n: how many to exchange; the same.
+        m: units in a block, which lie along the last axis and each keep as many as before; 0 for no blocks.
+
+    Returns:
+        bool of the same shape, with as many kept.
+
+    Example:
+        >>> kept, scores = torch.tensor([True, True, False, False]), torch.tensor([2.0, 1.0, 0.0, 0.0])
+        >>> exchange(kept, scores, torch.tensor([0.0, 0.0, 5.0, 7.0]), 2, 1).tolist()
+        [True, False, False, True]
+    """
+    if not m:
+        return select(grow, select(drop, kept, masked + n), masked)
+    return select_n_m(grow, select_n_m(drop, kept, int(masked + n), m), int(masked), m)
 
 
 @dataclass(frozen=True)

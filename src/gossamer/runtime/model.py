@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import copy
-import time
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, export
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule
 
 from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.native import native
-from gossamer.runtime.fusion import fuse
-from gossamer.runtime.operators import Convolution, Geometry, Linear, MaxPool
+from gossamer.runtime.capture import NotCapturedError, capture, copied
+from gossamer.runtime.choice import choose, runs_sparse
+from gossamer.runtime.explain import PlanRow, rows_of, table_of
+from gossamer.runtime.layers import Geometry, Layer
+from gossamer.runtime.saved import Example, read, write
+from gossamer.runtime.segment import Segment, gather
 
 _GRAPHS = 4
 """Captures that a network keeps, beside the first, for inputs that need one of their own."""
-_OURS = (Convolution, Linear, MaxPool)
 
 
-@dataclass(frozen=True)
-class PlanRow:
-    """One row of a plan.
-
-    Args:
-        name: the layer's, or the operator's.
-        op: what it does.
-        runs: 'sparse', 'compiled' (as fast without zeros: pooling, depthwise layers), 'dense' (a layer, in PyTorch) or
-            'torch' (anything else).
-        why: the reason.
-        sparsity: zeros in percent of the weight; None where there is none.
-        share: of the time, in percent; None where it was not measured.
-    """
-
-    name: str
-    op: str
-    runs: str
-    why: str
-    sparsity: float | None
-    share: float | None
-
-
-def compile(model: nn.Module, example_inputs: Any) -> CompiledModel:
+def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> CompiledModel:
     """Compiles a network for inference on the CPU: layers with many zeros run by what is not zero.
 
     The network is captured with torch.export, BatchNorms are folded, and each convolution and linear layer becomes one
@@ -57,6 +38,8 @@ def compile(model: nn.Module, example_inputs: Any) -> CompiledModel:
     Args:
         model: in eval mode, float32, on the CPU. It is not changed.
         example_inputs: a tensor, or a tuple of the arguments; batch and image sizes may change later.
+        tune: whether each layer is tried both ways, sparse and dense, on this machine. By default a model of what each
+            takes decides, which other work on the machine cannot mislead. `save` keeps what was found.
 
     Returns:
         A module with the same outputs.
@@ -82,33 +65,66 @@ def compile(model: nn.Module, example_inputs: Any) -> CompiledModel:
     if elsewhere is not None:
         raise ArgumentError(f"the network is on {elsewhere}, and this is for a CPU; give model.cpu()")
     if native() is None:
-        warnings.warn(
-            "Gossamer was installed without a C++ compiler, so compiled networks run in PyTorch, no faster; install a "
-            "compiler, and Gossamer anew",
-            GossamerWarning,
-            stacklevel=2,
-        )
+        _say_once_that_nothing_is_compiled()
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return CompiledModel(model, arguments)
+    return CompiledModel(model, arguments, tune=tune)
+
+
+def load(path: str | os.PathLike[str]) -> CompiledModel:
+    """Reads a compiled network that `CompiledModel.save` wrote.
+
+    Neither the training code nor the network's class is needed.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The network, ready to be called. Nothing is unpickled, and nothing but PyTorch's own operators can be in it.
+
+    Raises:
+        FileError: no such file, not a whole one, one that holds no compiled network, or one of a newer version.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU()).eval()
+        >>> path = compile(net, torch.ones(2, 8)).save(Path(tempfile.mkdtemp()) / "net.gossamer")
+        >>> torch.allclose(load(path)(torch.ones(3, 8)), net(torch.ones(3, 8)))
+        True
+    """
+    graph, examples = read(path)
+    if native() is None:
+        _say_once_that_nothing_is_compiled()
+    return CompiledModel._of(graph, examples)
+
+
+@cache
+def _say_once_that_nothing_is_compiled() -> None:
+    warnings.warn(
+        "Gossamer was installed without a C++ compiler, or its compiled part is of another version, so compiled "
+        "networks run in PyTorch, no faster; with a compiler: pip install --force-reinstall --no-cache-dir --no-deps "
+        "gossamer",
+        GossamerWarning,
+        stacklevel=3,
+    )
 
 
 class CompiledModel(nn.Module):
-    """What `compile` gives.
+    """What `compile` and `load` give.
 
     Args:
         model: the network; kept, to be captured anew for inputs that the first capture does not cover.
         arguments: example inputs.
+        tune: as for `compile`.
     """
 
-    def __init__(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, arguments: tuple[Any, ...], *, tune: bool = False) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple, so that it is no part of this one
-        self._graphs: OrderedDict[Any, nn.Module] = OrderedDict()
-        self.training = False
+        self._prepare(model, [Example.of(a) for a in arguments])
         with torch.no_grad():
             try:
-                self.graph = _graph_of(model, arguments)
-            except _NotCapturedError as error:
+                self._flat = (_flat(model, arguments, tune=tune),)
+                self.graph: nn.Module = _gathered(self._flat[0])
+            except NotCapturedError as error:
                 try:
                     model(*arguments)
                 except Exception as wrong:
@@ -121,12 +137,64 @@ class CompiledModel(nn.Module):
                 )
                 self.graph = _replaced(model)
 
+    @classmethod
+    def _of(cls, graph: GraphModule, examples: Sequence[Example]) -> CompiledModel:
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._prepare(None, examples)
+        self._flat = (graph,)
+        self.graph = _gathered(graph)
+        return self
+
+    def _prepare(self, model: nn.Module | None, examples: Sequence[Example]) -> None:
+        # In tuples, so that they are no parts of this module.
+        self._model = (model,)
+        self._flat: tuple[GraphModule | None] = (None,)
+        self._examples = tuple(examples)
+        self._graphs: OrderedDict[Any, nn.Module] = OrderedDict()
+        self.training = False
+
     is_compiled = True
 
+    @property
+    def examples(self) -> tuple[Any, ...]:
+        """Inputs as it was compiled for: random numbers, of those shapes."""
+        return tuple(e.make() for e in self._examples)
+
+    def save(self, path: str | os.PathLike[str], *, values: str | None = None) -> Path:
+        """Writes the network to one file, with weights that are stored without their zeros.
+
+        Args:
+            path: the file, such as 'model.gossamer'. It is a safetensors file that `gossamer.load` reads, too.
+            values: 'fp16' or 'bf16' stores weights in two bytes each; they are rounded.
+
+        Returns:
+            The path.
+
+        Raises:
+            StateError: it was not captured as a graph, or has parts that no file can hold.
+        """
+        graph = self._flat[0]
+        if graph is None:
+            raise StateError(
+                "the network could not be captured as a graph, so there is no network to save without its class; save "
+                "the weights with gossamer.save, and compile again after loading them"
+            )
+        return write(graph, self._examples, path, values=values)
+
+    def reference(self) -> nn.Module:
+        """The same network in plain PyTorch, zeros and all: what it is compared with, and what other tools can take.
+
+        Raises:
+            StateError: it was not captured as a graph.
+        """
+        graph = self._flat[0]
+        if graph is None:
+            raise StateError("the network could not be captured as a graph; take the one that it was made from")
+        return copy.deepcopy(graph)
+
     def __reduce__(self) -> Any:
-        raise StateError(
-            "a compiled network cannot be pickled or copied; keep the network that it was made from, and compile that"
-        )
+        raise StateError("a compiled network cannot be pickled or copied; save it with its save, and load that")
 
     def train(self, mode: bool = True) -> CompiledModel:
         """It is compiled for inference and stays so.
@@ -139,30 +207,50 @@ class CompiledModel(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network gives."""
+        """What the network gives.
+
+        Raises:
+            ArgumentError: a network that was loaded does not take inputs of these shapes.
+        """
         with torch.no_grad():
             key = tuple(a.shape if isinstance(a, Tensor) else a for a in (*args, *sorted(kwargs.items())))
             if key not in self._graphs:
+                if self._model[0] is None:
+                    self._check(args, kwargs)
                 try:
                     return self.graph(*args, **kwargs)
                 except AssertionError:  # the capture's guards: these inputs are of another kind
-                    pass
+                    if self._model[0] is None:
+                        raise
             return self._graph_for(key, args, kwargs)(*args, **kwargs)
 
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs or len(args) != len(self._examples):
+            raise ArgumentError(
+                f"the network takes {len(self._examples)} inputs, by place; got {len(args) + len(kwargs)}"
+            )
+        for i, (given, example) in enumerate(zip(args, self._examples, strict=True)):
+            if not example.fits(given):
+                got = tuple(given.shape) if isinstance(given, Tensor) else repr(given)
+                raise ArgumentError(
+                    f"input {i} is {got}, and the file was made for {example}; compile it anew for this"
+                )
+
     def _graph_for(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
-        graph = self._graphs.get(key)
+        graph, model = self._graphs.get(key), self._model[0]
         if graph is None:
+            assert model is not None
             try:
-                graph = _graph_of(self._model[0], args, kwargs)
-            except _NotCapturedError:
-                graph = self._model[0]
+                graph = _gathered(_flat(model, args, kwargs))
+            except NotCapturedError:
+                graph = model
             self._graphs[key] = graph
             while len(self._graphs) > _GRAPHS:
                 self._graphs.popitem(last=False)
         return graph
 
     def __str__(self) -> str:
-        return _table(self.explain())
+        return table_of(self.explain())
 
     def explain(self, *args: Any) -> list[PlanRow]:
         """What runs where, why, and at what sparsity.
@@ -173,93 +261,26 @@ class CompiledModel(nn.Module):
         Returns:
             One row a layer or operator, in order.
         """
-        graph = self.graph
-        if not isinstance(graph, GraphModule):
-            inner = {id(m.conv) for m in graph.modules() if isinstance(m, Linear)}
-            return [_row(n, m, None) for n, m in graph.named_modules() if isinstance(m, _OURS) and id(m) not in inner]
-        shares = _shares(graph, args) if args else {}
-        rows: list[PlanRow] = []
-        for node in graph.graph.nodes:
-            share = shares.get(node.name)
-            if node.op == "call_module" and isinstance(layer := graph.get_submodule(str(node.target)), _OURS):
-                rows.append(_row(str(node.target), layer, share))
-            elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-                rows.append(PlanRow(node.name, str(node.target), "torch", "no kernel", None, share))
-        return rows
+        return rows_of(self.graph, args)
 
 
-def _table(rows: Sequence[PlanRow]) -> str:
-    width = max([len(r.name) for r in rows] + [5])
-    lines = [f"{'Layer':<{width}}  {'Runs':<8} {'Zeros':>7} {'Time':>7}  Operator"]
-    lines.append("-" * len(lines[0]))
-    for r in rows:
-        zeros = "" if r.sparsity is None else f"{r.sparsity:.1f}%"
-        share = "" if r.share is None else f"{r.share:.1f}%"
-        lines.append(f"{r.name:<{width}}  {r.runs:<8} {zeros:>7} {share:>7}  {r.op}")
-    return "\n".join(lines)
-
-
-def _conv_of(layer: nn.Module) -> Convolution | None:
-    conv = layer.conv if isinstance(layer, Linear) else layer
-    return conv if isinstance(conv, Convolution) else None
-
-
-def _row(name: str, layer: nn.Module, share: float | None) -> PlanRow:
-    conv = _conv_of(layer)
-    if conv is None:
-        return PlanRow(name, type(layer).__name__, "compiled", "no weights", None, share)
-    kind = "linear" if isinstance(layer, Linear) else "conv2d"
-    if conv.activation != "none":
-        kind += f" + {conv.activation}"
-    runs, why = "sparse", f"{_WORTH:g} % zeros or more"
-    if not conv.is_sparse:
-        runs, why = "dense", f"less than {_WORTH:g} % zeros, or few weights a channel"
-    elif conv.sparsity < _WORTH:
-        runs, why = "compiled", "a kernel for depthwise layers"
-    return PlanRow(name, kind, runs, why, conv.sparsity, share)
-
-
-def runs_sparse(conv: Convolution) -> bool:
-    """Whether a layer is faster by its non-zero weights than dense, by what both cost on average."""
-    if conv.is_depthwise:  # a kernel of its own, which is no slower where nothing is zero
-        return True
-    return conv.weight[0].numel() >= 16 and conv.sparsity >= _WORTH
-
-
-_WORTH = 40.0
-"""Percent of zeros from which on a layer runs sparse. Dense kernels need no offsets, and reuse what they load."""
-
-
-class _NotCapturedError(Exception):
-    """torch.export could not make a graph of the network."""
-
-
-def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> GraphModule:
-    graph = _captured(model, args, kwargs or {})
-    fuse(graph)
-    for module in graph.modules():
-        if isinstance(module, Convolution):
-            module.is_sparse = runs_sparse(module)
+def _flat(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, tune: bool = False
+) -> GraphModule:
+    graph = capture(model, args, kwargs)
+    if kwargs:
+        for module in graph.modules():
+            if isinstance(module, Layer):
+                module.is_sparse = runs_sparse(module)
+    else:
+        choose(graph, args, tune=tune)
     return graph
 
 
-def _captured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GraphModule:
-    # A batch of one would be taken for a constant, so it is captured with two.
-    doubled = tuple(
-        a.repeat(2, *[1] * (a.ndim - 1)) if isinstance(a, Tensor) and a.ndim and len(a) == 1 else a for a in args
-    )
-    failed = ""
-    for given, shapes in ((doubled, _dynamic(doubled)), (args, None)):
-        try:
-            program: ExportedProgram = export(
-                model, given, kwargs, dynamic_shapes=None if kwargs else shapes, strict=False
-            )
-            graph: Any = program.run_decompositions({}).module()
-        except Exception as error:  # anything at all, from anywhere in PyTorch or the network
-            failed = str(error).splitlines()[0] if str(error) else type(error).__name__
-        else:
-            return graph
-    raise _NotCapturedError(failed)
+def _gathered(flat: GraphModule) -> GraphModule:
+    graph = copied(flat)
+    gather(graph)
+    return graph
 
 
 def _replaced(model: nn.Module) -> nn.Module:
@@ -283,44 +304,11 @@ def _layer_of(module: nn.Module) -> nn.Module | None:
     if module._forward_hooks or module._forward_pre_hooks or any(p.dtype != torch.float32 for p in module.parameters()):
         return None
     if type(module) is nn.Linear:
-        linear = Linear(module.weight, module.bias)
-        linear.conv.is_sparse = runs_sparse(linear.conv)
-        return linear
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        layer = Layer(module.weight, module.bias)
+    elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         padding: Any = module.padding
         geometry = Geometry(_two(module.stride), _two(padding), _two(module.dilation), module.groups)
-        conv = Convolution(module.weight, module.bias, geometry)
-        conv.is_sparse = runs_sparse(conv)
-        return conv
-    return None
-
-
-def _dynamic(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(
-        {axis: Dim.AUTO for axis in range(a.ndim) if axis != 1 or a.ndim == 2} if isinstance(a, Tensor) else None
-        for a in arguments
-    )
-
-
-class _Timer(Interpreter):
-    """Runs a graph node by node, and takes the time of each."""
-
-    def __init__(self, graph: GraphModule) -> None:
-        super().__init__(graph)
-        self.seconds: dict[str, float] = {}
-
-    def run_node(self, n: Node) -> Any:
-        began = time.perf_counter()
-        result = super().run_node(n)
-        self.seconds[n.name] = self.seconds.get(n.name, 0.0) + time.perf_counter() - began
-        return result
-
-
-def _shares(graph: GraphModule, args: tuple[Any, ...]) -> dict[str, float]:
-    timer = _Timer(graph)
-    with torch.no_grad():
-        graph(*args)
-        for _ in range(5):
-            timer.run(*args)
-    total = sum(timer.seconds.values())
-    return {name: 100 * seconds / total for name, seconds in timer.seconds.items()}
+        layer = Layer(module.weight, module.bias, geometry)
+    else:
+        return None
+    return Segment.of(layer) if runs_sparse(layer) else None

@@ -61,6 +61,33 @@ def save(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], 
         >>> contents(path)["weight"].nbytes  # 1,000 values of 4 bytes, and 9,000 zeros in 35 bytes
         5035
     """
+    return save_with(model, path, {}, values=values)
+
+
+def save_with(
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    more: Mapping[str, str],
+    *,
+    values: str | None = None,
+) -> Path:
+    """The same with further texts in the header, each under a name of its own; `text_of` reads them.
+
+    Args:
+        model: as for `save`.
+        path: the file.
+        more: name → text.
+        values: as for `save`.
+
+    Returns:
+        The path.
+
+    Example:
+        >>> import tempfile
+        >>> path = save_with({"w": torch.ones(2)}, Path(tempfile.mkdtemp()) / "w.safetensors", {"note": "all ones"})
+        >>> text_of(path, "note")
+        'all ones'
+    """
     if values is not None and values not in _HALVES:
         raise ArgumentError(f"values={values!r} is no way to store values. {closest(str(values), _HALVES)}")
     tensors = _tensors_of(model)
@@ -76,7 +103,7 @@ def save(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], 
         taken = {*tensors, *stored}
         _store(name, tensor.detach().cpu(), _HALVES.get(values or ""), stored, entries, taken)
     header = {"version": _VERSION, "tensors": entries}
-    return save_tensors(path, stored, {_KEY: json.dumps(header, separators=(",", ":"))})
+    return save_tensors(path, stored, {_KEY: json.dumps(header, separators=(",", ":")), **more})
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -105,6 +132,20 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for name, entry in entries.items():
         tensors[name] = _guarded(path, name, lambda name=name, entry=entry: _expand(name, entry, stored, tensors))
     return tensors
+
+
+def text_of(path: str | os.PathLike[str], name: str) -> str | None:
+    """A further text in a file's header; None where there is none of that name.
+
+    Args:
+        path: a file that `save_with` wrote.
+        name: the text's.
+
+    Raises:
+        FileError: no such file, or not a whole one.
+    """
+    _, metadata = load_tensors(path, copy=False)
+    return metadata.get(name)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import tempfile
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from gossamer.errors import ArgumentError, FileError
 
-_FORGOTTEN = 3600  # seconds after which a temporary file is nobody's; writing takes far less
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_FORGOTTEN = 3600  # seconds after which a temporary file is nobody's, where locks do not say; writing takes far less
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -40,30 +46,56 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
         raise FileError(f"{str(path)!r} is a folder; name a file in it")
     whole = Path(os.path.realpath(path))  # else a link would be replaced, and what it points to stay old
     whole.parent.mkdir(parents=True, exist_ok=True)
-    for left in whole.parent.glob(f".{glob.escape(whole.name)}.*.tmp"):  # by a writer that was killed
-        if _age(left) > _FORGOTTEN:
-            left.unlink(missing_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=whole.parent, prefix=f".{whole.name}.", suffix=".tmp")
+    for left in whole.parent.glob(f".{glob.escape(whole.name)}.*.tmp"):
+        _sweep(left)
+    handle, temporary = _open_temporary(whole)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode would lock everybody else out
-        os.replace(temporary, whole)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode would lock everybody else out
+            if fcntl is not None:
+                os.replace(temporary, whole)  # still locked, so that nobody sweeps it away before
+        if fcntl is None:
+            os.replace(temporary, whole)  # Windows moves no file that is open
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
 
 
-def _age(path: Path) -> float:
+def _open_temporary(whole: Path) -> tuple[int, str]:
+    """A new file beside another, locked for as long as its writer lives."""
+    while True:
+        handle, temporary = tempfile.mkstemp(dir=whole.parent, prefix=f".{whole.name}.", suffix=".tmp")
+        if fcntl is None:
+            return handle, temporary
+        with contextlib.suppress(OSError):  # a file system without locks, where age alone decides
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, temporary
+        os.close(handle)  # swept away by another writer before it was locked
+
+
+def _sweep(left: Path) -> None:
+    """Removes a temporary file whose writer was killed: its lock is free, or it is old."""
     try:
-        return time.time() - path.stat().st_mtime
-    except OSError:  # another writer has just renamed it
-        return 0.0
+        if fcntl is not None:
+            with left.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return  # somebody is writing it
+                left.unlink()
+                return
+    except OSError:  # another writer has just renamed it, or there are no locks here
+        pass
+    with contextlib.suppress(OSError):
+        if time.time() - left.stat().st_mtime > _FORGOTTEN:
+            left.unlink()
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

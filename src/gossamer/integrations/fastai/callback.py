@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
+from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.integrations.fastai.additions import Additions
 from gossamer.integrations.fastai.checkpoint import Resume
-from gossamer.integrations.fastai.fit_file import FitFile, as_epochs
-from gossamer.integrations.fastai.followers import Announcer, KeepSparse, SparsityMetric, Traceless
-from gossamer.integrations.fastai.guard import Guard
-from gossamer.integrations.fastai.span import Span, fine_tune_epochs, is_within_fit, next_span
+from gossamer.integrations.fastai.data import BATCHES, calibration_of
+from gossamer.integrations.fastai.fit_file import as_path, fit_file
+from gossamer.integrations.fastai.followers import Traceless
+from gossamer.integrations.fastai.keeper import KeepSparse, drop_keepers
+from gossamer.integrations.fastai.place import Place
+from gossamer.integrations.fastai.request import request
+from gossamer.integrations.fastai.rounds import Rounds
+from gossamer.integrations.fastai.span import Span, is_within_fit, only_looks
+from gossamer.integrations.fastai.voice import Voice, epoch_line, first_line, warn_of_denser_weights, zeros_line
+from gossamer.methods import Exchange, Method
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
-from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target
-from gossamer.rules.criteria import Criterion, as_criterion
-from gossamer.rules.granularity import Granularity, as_granularity
-from gossamer.rules.schedules import Schedule, as_schedule
-from gossamer.sparsifier import Sparsifier
-from gossamer.targets import LayerTypes, Target, as_layer_types, as_patterns, resolve_sparsity, unwrapped
+from gossamer.rules.allocation import Context
+from gossamer.rules.criteria import Criterion
+from gossamer.rules.granularity import Granularity, Reduction
+from gossamer.rules.normalization import Normalization
+from gossamer.rules.schedules import Schedule
+from gossamer.targets import LayerTypes, unwrapped
 from gossamer.tickets import Lottery
 from gossamer.training import SparseTraining
 
@@ -42,11 +47,14 @@ class SparsifyCallback(Traceless):
     phases.
 
     Args:
-        sparsity: percent of units to mask in the end, or a dict of layer name or pattern → percent (context 'local').
+        sparsity: percent of units to mask in the end, or a dict of layer name or pattern → percent; where layers share
+            a target ('global', 'erk', …), '*' in the dict is what those that it does not name reach together.
         granularity: what lives and dies together: 'weight', 'vector', 'kernel', 'filter', … or a `Granularity`.
-        context: which units compete: 'local', 'global', or an N:M pattern such as '2:4'.
+        context: which units compete: 'local', 'global', 'erk', 'lamp', 'output', an N:M pattern such as '2:4', or a
+            `Context`.
         criteria: what matters: 'large_final', a `Criterion`, or a function such as `lambda w: w.abs()`.
-        schedule: how sparsity grows: 'one_cycle', a `Schedule`, any fastai annealer, or a function of position.
+        schedule: how sparsity grows: a registered name, a `Schedule`, any fastai annealer, or a function of position;
+            by default the method's own, or 'one_cycle'.
         lth: rewind the surviving weights after each round of pruning (lottery ticket). A round is a step of a schedule
             with steps; with any other schedule it is an epoch. What follows the last round trains on.
         rewind_epoch: the epoch at whose start the weights are saved, to rewind to; pruning must start after it.
@@ -62,6 +70,13 @@ class SparsifyCallback(Traceless):
         seed: of the criterion 'random'.
         keep_zeros: whether weights that are zero already, as in a network made sparse before, stay zero.
         skip_frozen: leave frozen layers as they are until they are unfrozen; by default they become sparse too.
+        method: how masks move, but for how much: 'gradual', 'static', 'rigl', 'set', 'acdc', 'dsd', what `RigL(…)` and
+            the like give, a `Method`, or a function (step, position) → share of the kept units to exchange.
+        reduction: how the scores of a unit's weights become one: 'mean', 'sum', 'l2', 'max', or a function.
+        normalization: how scores of different layers are made comparable where layers compete: 'none', 'sum', 'max',
+            'mean', 'gaussian', 'lamp', or a function.
+        data: for criteria that look at gradients or activations: how many batches of the learner's training data, or
+            batches of your own (see `Calibration`). They are gone through whenever masks move.
         total_epochs: epochs of the whole schedule, where several fits share it; by default each fit has its own.
         checkpoint: a file that takes the whole state of the fit, safetensors and JSON, from which it can go on.
         every: 'epoch', or a number: after every how many epochs the checkpoint is written; after the last anyway.
@@ -89,7 +104,7 @@ class SparsifyCallback(Traceless):
         granularity: str | Granularity = "weight",
         context: str | Context = "local",
         criteria: str | Criterion | Function[..., Tensor] = "large_final",
-        schedule: str | Schedule | Function[..., Any] = "one_cycle",
+        schedule: str | Schedule | Function[..., Any] | None = None,
         lth: bool = False,
         rewind_epoch: int = 0,
         reset_end: bool = False,
@@ -105,74 +120,55 @@ class SparsifyCallback(Traceless):
         seed: int = 0,
         keep_zeros: bool = True,
         skip_frozen: bool = False,
+        method: Method | str | Exchange | None = None,
+        reduction: str | Reduction = "mean",
+        normalization: str | Normalization = "none",
+        data: Any = BATCHES,
         total_epochs: int | None = None,
         checkpoint: str | Path | None = None,
         every: int | str = "epoch",
         resume: bool = False,
     ) -> None:
         super().__init__()
-        self.sparsity = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
-        self.granularity = as_granularity(granularity)
-        self.context = as_context(context)
-        self.criteria = as_criterion(criteria)
-        self.schedule = as_schedule(schedule)
-        if isinstance(self.sparsity, dict):
-            resolve_sparsity(self.sparsity, ["", *(str(name) for name in self.sparsity)])  # names wait for the network
-        for percent in self.sparsity.values() if isinstance(self.sparsity, dict) else [self.sparsity]:
-            check_target(as_fraction(percent), self.context)
-        check_round_to(round_to, self.context)
-        most = max(self.sparsity.values(), default=0) if isinstance(self.sparsity, dict) else self.sparsity
-        if 0 < most < 1:
-            warnings.warn(
-                f"sparsity={self.sparsity} is less than one percent; it is a percentage, so 50 means half",
-                GossamerWarning,
-                stacklevel=2,
-            )
-        if isinstance(self.sparsity, dict) and self.context.kind == "global":
-            raise ArgumentError("a sparsity for each layer needs context='local'; with 'global' give one number")
-        if isinstance(rewind_epoch, bool) or not isinstance(rewind_epoch, int) or rewind_epoch < 0:
-            raise ArgumentError(f"rewind_epoch={rewind_epoch!r} is no epoch; epochs count from 0")
-        if rewind_epoch and not (lth or reset_end or save_tickets):
-            raise ArgumentError(
-                f"rewind_epoch={rewind_epoch} has nothing to rewind; add lth=True, reset_end=True or save_tickets=True"
-            )
-        self.lth, self.rewind_epoch, self.reset_end, self.save_tickets = lth, rewind_epoch, reset_end, save_tickets
-        self.round_to, self.layer_type = round_to, as_layer_types(layer_type)
-        self.exclude = as_patterns(exclude)
-        self.ticket_dir = _as_path(ticket_dir, "ticket_dir")
-        self.verbose, self.metric, self.seed = verbose, metric, seed
-        self.keep_zeros, self.skip_frozen = keep_zeros, skip_frozen
-        if total_epochs is not None and (
-            isinstance(total_epochs, bool) or not isinstance(total_epochs, int) or total_epochs < 1
-        ):
-            raise ArgumentError(f"total_epochs={total_epochs!r} is no number of epochs; give the sum over all fits")
-        if resume and checkpoint is None:
-            raise ArgumentError("resume=True has nothing to go on from; name the file: checkpoint='run.safetensors'")
-        self.total_epochs = total_epochs
-        if not isinstance(resume, bool):
-            raise ArgumentError(f"resume={resume!r} is neither True nor False")
-        file, every = _as_path(checkpoint, "checkpoint"), as_epochs(every)
-        if file is None and every > 1:
-            raise ArgumentError(f"every={every} has no file to write; name it: checkpoint='run.safetensors'")
-        self._file = None if file is None else FitFile(file, every, resume)
+        self.asked = asked = request(
+            sparsity,
+            granularity,
+            context,
+            criteria,
+            schedule,
+            lth=lth,
+            rewind_epoch=rewind_epoch,
+            reset_end=reset_end,
+            save_tickets=save_tickets,
+            round_to=round_to,
+            layer_type=layer_type,
+            exclude=exclude,
+            seed=seed,
+            keep_zeros=keep_zeros,
+            skip_frozen=skip_frozen,
+            method=method,
+            reduction=reduction,
+            normalization=normalization,
+            data=data,
+        )
+        self.sparsity, self.granularity, self.context = asked.sparsity, asked.granularity, asked.context
+        self.criteria, self.schedule, self.seed = asked.criteria, asked.schedule, asked.seed
+        self.lth, self.rewind_epoch = asked.lth, asked.rewind_epoch
+        self.reset_end, self.save_tickets = asked.reset_end, asked.save_tickets
+        self.round_to, self.layer_type, self.exclude = asked.round_to, asked.layer_type, asked.exclude
+        self.keep_zeros, self.skip_frozen = asked.keep_zeros, asked.skip_frozen
+        self.ticket_dir, self.verbose, self.metric = as_path(ticket_dir, "ticket_dir"), verbose, metric
+        self.place, self.total_epochs = Place(total_epochs), total_epochs
+        self.file = fit_file(checkpoint, every, resume)
         self.history: list[dict[str, float]] = []
-        self.tickets: list[Path] = []
         self.sparse: SparseTraining | None = None
-        self._part = model
-        self._lottery: Lottery | None = None
-        self._said: set[str] = set()
-        self._reset_epoch()
-        self._line = ""
-        self._hold_only = self._is_fitting = False
-        self.span = Span(1)
-        self._left: Span | None = None
-        self._call: int | None = None  # of fine_tune, whose two fits share a schedule
-        self._is_broken = False  # whether the last fit was, and its file says where to go on
+        self._part, self._is_new = model, True
+        self._rounds: Rounds | None = None
+        self._voice = Voice(verbose)
+        self._additions = Additions(self)
         self._keeper: KeepSparse | None = None
-        self.epoch_now, self._batch, self._batches = -1, 0, 1
-        self._is_new = True
-        self._guard: Guard | None = None
-        if model is not None:
+        self._hold_only = self._is_fitting = self._leaves_name = self._is_skipped = False
+        if model is not None and not asked.takes_data:
             self._build(model)
 
     # fastai sets `learn` to None when a callback given to `fit` is taken off, also after an exception.
@@ -183,17 +179,31 @@ class SparsifyCallback(Traceless):
 
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
-        before, self.__dict__["_learn"] = self.__dict__.get("_learn"), learn
-        if learn is not None and any(cb is self for cb in learn.cbs):  # Ctrl-C kept fastai from taking it off
-            learn.cbs = learn.cbs.filter(lambda cb: cb is not self)
-        if learn is None and before is not None:
+        before = self.__dict__.get("_learn")
+        if learn is not None and before is not None and before is not learn:
+            before.remove_cb(self)  # one callback is on one learner
+        self.__dict__["_learn"] = learn
+        if learn is not None:
+            self._leaves_name = False
+            learn.cbs = learn.cbs.filter(lambda cb: cb is not self)  # Ctrl-C may have kept fastai from taking it off
+            self._additions.guard(learn, self._break_off)
+        elif before is not None:
+            self._additions.unguard()
             if self._is_fitting:  # something was raised, perhaps between the optimizer's step and ours
                 self._give_up(before)
             self._clean_up(before)
             if self.sparse is not None and any(self.sparse.sparsifier.masks.masked(n) for n in self.sparse.targets):
-                self._drop_keepers(before)
+                drop_keepers(before, self.sparse)
                 self._keeper = KeepSparse(self.sparse, self.verbose)
                 before.add_cb(self._keeper)
+            for other in (cb for cb in before.cbs if isinstance(cb, SparsifyCallback) and cb is not self):
+                self._leaves_name = True  # fastai takes the name off the learner, and the other needs it
+                setattr(before, other.name, other)
+
+    @property
+    def name(self) -> str:
+        """What the learner calls it; where there are several of them, that is the last one's."""
+        return "" if self._leaves_name else "sparsify"
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -218,79 +228,83 @@ class SparsifyCallback(Traceless):
                 self.sparse.optimizer = learn.opt
             return
         self._clean_up(learn)
-        both, call = fine_tune_epochs(learn) or (None, None)
-        # What is left of another call of fine_tune, which was broken off, is not for this one.
-        left = self._left if self.total_epochs is not None or call == self._call else None
-        self.span, self._call = next_span(left, int(learn.n_epoch), self.total_epochs or both), call
-        goes_on = left is not None and self.span.done > 0
-        was_broken, self._is_broken = self._is_broken, False
-        if self._file is not None and (not goes_on or was_broken):
-            self._file.look(self.span.total)
+        self._additions.guard(learn, self._break_off)  # on a copied learner there is none yet
+        goes_on, was_broken = self.place.enter(learn)
+        if self.file is not None and (not goes_on or was_broken):
+            self.file.look(self.span.total)
         self._make(model)
-        assert self.sparse is not None
-        self.sparse.optimizer = learn.opt
-        if self._lottery is not None:
-            self._lottery.check(self.span.total)
+        run = self._run()
+        run.optimizer = learn.opt
+        if self._rounds is not None:
+            self._rounds.check(self.span.total)
         if any(isinstance(cb, Resume) and cb.restores for cb in learn.cbs):
             self.history = []  # and the rest comes from another callback's file, once all callbacks are there
         elif goes_on:
-            self.sparse.keep_new_zeros()
+            run.keep_new_zeros()
         else:
-            self.sparse.restart()
+            run.restart()
             self.history = []
-        self._line = ""
-        self.epoch_now, self._batch, self._batches = -1, 0, 1
-        self._attach(learn)
-        self._is_fitting, self._left = True, None
-        said = "" if self._file is None else self._file.attach(self, learn, goes_on and was_broken)
-        self._drop_keepers(learn)  # this run has taken over their zeros, or was told not to
+        self._voice.line = ""
+        self._additions.attach(
+            learn,
+            after_epoch=self._voice.say_line,
+            after_fit=self._end,
+            count=self.sparsity_now if self.metric else None,
+            before_step=self._look if run.looks_at_gradients else None,
+        )
+        self._is_fitting = True
+        self.place.begin()
+        said = "" if self.file is None else self.file.attach(self, learn, goes_on and was_broken)
+        if self.asked.takes_data:
+            cast(nn.Module, learn.model).train()  # as it is about to be, whatever it was last used for
+        run.begin()
+        drop_keepers(learn, run)  # this run has taken over their zeros, or was told not to
         if not goes_on:
-            self._say(f"Pruning of {self.granularity.name} until a sparsity of {self.sparsity}%")
+            self._voice.say(first_line(self.asked.method.name, self.granularity.name, self.sparsity))
         if said:
-            self._say(said)
-        elif self.sparse.zeros_kept:
-            total = sum(m.numel() for m in self.sparse.sparsifier.masks.values())
-            self._say_once(
-                f"Keeping the {self.sparse.zeros_kept:,} zeros that are there "
-                f"({100 * self.sparse.zeros_kept / total:.2f}%); keep_zeros=False would let them grow"
-            )
+            self._voice.say(said)
+        elif run.zeros_kept:
+            self._voice.say_once(zeros_line(run.zeros_kept, sum(m.numel() for m in run.sparsifier.masks.values())))
 
     def before_epoch(self) -> None:
         """Counts the epochs, since validating in the middle of a fit sets the learner's own count to 0."""
         learn = self._learner()
-        if not learn.lock.locked():
-            self.epoch_now = max(self.epoch_now + 1, int(learn.epoch))
+        if not only_looks(learn):
+            self.place.begin_epoch(int(learn.epoch))
 
     def before_batch(self) -> None:
         """Counts the batches, for the same reason."""
-        self._batch += 1
+        self.place.begin_batch()
 
     def before_train(self) -> None:
         """Rewinds what is due, and saves the weights to rewind to."""
-        self._reset_epoch()
-        self._batch, self._batches = 0, len(cast(Any, self._learner().dl))
-        lottery = self._lottery
-        if lottery is None or self._hold_only:
-            return
-        epoch = self.span.done + self.epoch_now
-        if lottery.begin_epoch(epoch):
-            self._say(f"Saving Weights at epoch {epoch}")
+        self.place.begin_train(len(cast(Any, self._learner().dl)))
+        if self._rounds is not None and not self._hold_only:
+            self._rounds.begin_epoch(self.place.epoch_of_all)
 
     def after_step(self) -> None:
         """Moves the masks to where the schedule stands after this step, or holds them where a round is an epoch."""
         if self.sparse is None:
             return
-        learn = self._learner()
-        self.sparse.optimizer = learn.opt  # learn.export in the middle of a fit makes a new one
-        a_round_is_an_epoch = self.lth and not self.schedule.stepwise  # then masks move at its end
-        if self._hold_only or a_round_is_an_epoch:
+        self.sparse.optimizer = self._learner().opt  # learn.export in the middle of a fit makes a new one
+        is_skipped, self._is_skipped = self._is_skipped, False
+        if self._hold_only or self.asked.moves_at_epochs or is_skipped:
             self.sparse.hold()
             return
-        self._move(self.span.position(self.epoch_now, self._batch, self._batches))
+        self._move(self.place.now, self.sparse.step)
+
+    def after_cancel_step(self) -> None:
+        """Takes note that the optimizer has made no step, as where mixed precision overflows."""
+        self._is_skipped = True
+
+    def _look(self) -> None:
+        """Shows the run the gradients, right before the optimizer's step."""
+        if self.sparse is not None and not self._hold_only:
+            self.sparse.before_step(self.place.now)
 
     def after_cancel_train(self) -> None:
         """Leaves the masks where the last step put them."""
-        self._cancelled = True
+        self.place.is_cancelled = True
         self._hold(self._learner())
 
     def after_cancel_batch(self) -> None:
@@ -303,64 +317,36 @@ class SparsifyCallback(Traceless):
         """Makes sure that the masks stand at the epoch's end, also where its last batch made no step."""
         if self.sparse is None or self._hold_only:
             return
-        end = self._epoch_end()
-        if not self._cancelled and self._position != end:
-            self._move(end)
+        place = self.place
+        is_due = self.schedule.every_n_steps == 1 or place.epoch_end == 1  # else masks move at their own steps only
+        if not place.is_cancelled and place.position != place.epoch_end and is_due:
+            self._move(place.epoch_end, self.sparse.move_to)
         sparsity = self.sparsity_now()
-        epoch = self.epoch_now
-        position = max(self._position, self.span.position(epoch)) if self._cancelled else end
-        self.history.append({"epoch": self.span.done + epoch, "position": position, "sparsity": sparsity})
-        average = "avg=" if isinstance(self.sparsity, dict) else ""
-        self._line = f"Sparsity at the end of epoch {epoch}: {average}{sparsity:.2f}%"
+        self.history.append({"epoch": place.epoch_of_all, "position": place.reached, "sparsity": sparsity})
+        self._voice.line = epoch_line(place.epoch, sparsity, self.asked.is_per_layer)
 
     def after_fit(self) -> None:
         """Puts the saved weights back where the supermask network was asked for."""
         if self.sparse is None or not self._is_fitting or self._only_validates:
             return
         self._is_fitting = False
-        # A fit that was ended early leaves its other epochs to those that follow; fine_tune has its own plan for them.
-        n_epoch, done = int(self._learner().n_epoch), self.epoch_now + 1
-        self._left = self.span.after(n_epoch if self.total_epochs is None else done)
-        if self._left is None and self._file is not None and done > 0:  # else it was cancelled before it began
-            self._file.end()
-        if self._left is None and self.reset_end and self._lottery is not None and self._lottery.has_snapshot:
-            self._lottery.rewind()
-            self._say(f"Weights reset to those of epoch {self._lottery.epoch}")
+        is_done = self.place.end(int(self._learner().n_epoch))
+        if is_done and self.file is not None and self.place.epoch >= 0:  # else it was cancelled before it began
+            self.file.end()
+        if is_done and self._rounds is not None:
+            self._rounds.end()
 
-    # -- what is said -------------------------------------------------------------------------------------------------
-
-    def say_epoch(self) -> None:
-        """Prints the epoch's line, once fastai has printed its row."""
-        if self._line:
-            self._say(self._line)
-        self._line = ""
-
-    def say_end(self) -> None:
-        """Prints the final lines, counted from the weights that the fit leaves, and ends the fit's own additions."""
-        learn = self._learner()
+    def _end(self) -> None:
+        """Says what the fit came to, counted from the weights that it leaves, and ends its additions."""
         if self._only_validates or self.sparse is None:
             return
-        if self._left is not None:  # another fit goes on with the schedule
-            self._clean_up(learn)
-            return
-        report = self.report()
-        if any(bool(t.weight.detach()[~m].any()) for t, m in self._masked()):
-            warnings.warn(
-                f"weights that were loaded after training lack the final masks: {report.sparsity:.2f} % are zero. "
-                "A best checkpoint from before the target does that; use SaveSparseModelCallback, which keeps the best "
-                "of those at the target",
-                GossamerWarning,
-                stacklevel=2,
-            )
-        if isinstance(self.sparsity, dict):
-            final = str({r.layer: round(r.sparsity, 2) for r in report.rows if r.layer in self.sparse.targets})
-        else:
-            final = f"{report.sparsity:.2f}%"
-        self._say(f"Final Sparsity: {final}")
-        if not self.sparse.at_target:
-            self._say(f"The fit ended before its schedule did, so the target of {self.sparsity}% is not reached")
-        self._say(str(report))
-        self._clean_up(learn)
+        if not self.goes_on:
+            report, run = self.report(), self.sparse
+            masks = run.sparsifier.masks
+            if any(bool(t.weight.detach()[~masks.on(t.name, t.weight.device)].any()) for t in run.sparsifier.targets):
+                warn_of_denser_weights(report.sparsity)
+            self._voice.say_end(self.sparsity, report, run.targets, run.at_target)
+        self._clean_up(self._learner())
 
     # -- what a user asks ---------------------------------------------------------------------------------------------
 
@@ -412,8 +398,8 @@ class SparsifyCallback(Traceless):
             "lottery": None if self._lottery is None else self._lottery.state_dict(),
             "history": [dict(row) for row in self.history],
             "tickets": [str(path) for path in self.tickets],
-            "said": sorted(self._said),
-            "rewinding": self._rewinding(),
+            "said": sorted(self._voice.said),
+            "rewinding": self.asked.rewinding,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -427,7 +413,7 @@ class SparsifyCallback(Traceless):
         for key, kind in (("history", dict), ("tickets", str), ("said", str)):
             if not isinstance(state[key], list) or not all(isinstance(item, kind) for item in state[key]):
                 raise FileError(f"the state has {key} {state[key]!r}, which no run has; take another copy")
-        for name, here in self._rewinding().items():
+        for name, here in self.asked.rewinding.items():
             there = state["rewinding"].get(name)
             if there != here:
                 raise FileError(
@@ -446,24 +432,38 @@ class SparsifyCallback(Traceless):
         self._run().load_state_dict(state["run"])
         if self._lottery is not None:
             self._lottery.load_state_dict(state["lottery"])
-        self.history, self.tickets = list(state["history"]), [Path(path) for path in state["tickets"]]
-        self._said = set(state["said"])
+        self.history, self._voice.said = list(state["history"]), set(state["said"])
+        self.tickets[:] = [Path(path) for path in state["tickets"]]
 
-    def _rewinding(self) -> dict[str, Any]:
-        names = ("lth", "reset_end", "save_tickets", "rewind_epoch")
-        return {name: getattr(self, name) for name in names}
+    @property
+    def tickets(self) -> list[Path]:
+        """The files that the tickets of this run were saved to."""
+        return [] if self._rounds is None else self._rounds.tickets
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    @property
+    def span(self) -> Span:
+        """Which epochs of the schedule this fit is, or the last one was."""
+        return self.place.span
+
+    @property
+    def epoch_now(self) -> int:
+        """This fit's epoch, from 0."""
+        return self.place.epoch
 
     @property
     def goes_on(self) -> bool:
         """Whether other fits are to follow that share the schedule."""
-        return self._left is not None
+        return self.place.left is not None
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _lottery(self) -> Lottery | None:
+        return None if self._rounds is None else self._rounds.lottery
 
     @property
     def _only_validates(self) -> bool:
-        # validate() and get_preds() send fit's outer events too, and hold the learner's lock meanwhile.
-        return bool(self._learner().lock.locked())
+        return only_looks(self._learner())
 
     def _learner(self) -> Learner:
         learn = self.learn
@@ -494,112 +494,38 @@ class SparsifyCallback(Traceless):
             self._is_new = False
 
     def _build(self, model: nn.Module) -> None:
-        sparsifier = Sparsifier(
-            model,
-            self.granularity,
-            self.context,
-            self.criteria,
-            self.layer_type,
-            exclude=self.exclude,
-            seed=self.seed,
-            skip_frozen=self.skip_frozen,
-        )
-        self.sparse = SparseTraining(
-            sparsifier, None, self.sparsity, self.schedule, round_to=self.round_to, keep_zeros=self.keep_zeros
-        )
-        self.history, self.tickets, self._said, self._lottery = [], [], set(), None
-        if self.lth or self.reset_end or self.save_tickets:
-            self._lottery = Lottery(self.sparse, self.rewind_epoch)
+        data = calibration_of(self._learner, self.asked.data) if self.asked.takes_data else None
+        self.sparse = self.asked.run_on(model, data)
+        self._rounds = Rounds(self.asked, self.sparse, self._voice)
+        self.history, self._voice.said = [], set()
 
     def _hold(self, learn: Learner) -> None:
         if self.sparse is not None:
             self.sparse.optimizer = learn.opt
             self.sparse.hold()
 
-    def _move(self, position: float) -> None:
-        lottery, run = self._lottery, self._run()
-        changed, self._position = run.move_to(position), position
-        if not changed or lottery is None or not lottery.ends_round(is_epoch_end=position == self._epoch_end()):
-            return
-        if self.save_tickets:
-            self._save_ticket(lottery)
-        if self.lth:
-            if lottery.rounds_are_epochs:
-                self._say_once(f"{self.schedule.name!r} moves at every batch, so each epoch is one round of pruning")
-            lottery.end_round(is_last=position >= 1)
-
-    def _epoch_end(self) -> float:
-        return self.span.position(self.epoch_now + 1)
-
-    def _save_ticket(self, lottery: Lottery) -> None:
-        learn = self._learner()
-        folder = self.ticket_dir if self.ticket_dir is not None else Path(learn.path) / learn.model_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        path = lottery.ticket().save(folder)
-        self.tickets.append(path)
-        self._say(f"Saving ticket {path}")
-
-    def _masked(self) -> list[tuple[Target, Tensor]]:
-        sparsifier = self._run().sparsifier
-        return [(t, sparsifier.masks.on(t.name, t.weight.device)) for t in sparsifier.targets]
-
-    # -- what is on the learner during a fit --------------------------------------------------------------------------
-
-    def _attach(self, learn: Learner) -> None:
-        self._guard = Guard(learn, partial(self._break_off, learn))
-        learn.add_cb(Announcer(self, self.say_epoch, self.say_end))
-        if self.metric:
-            learn.metrics = [*learn.metrics, SparsityMetric(self.sparsity_now)]
+    def _move(self, position: float, move: Function[[float], bool]) -> None:
+        changed, self.place.position = move(position), position
+        if changed and self._rounds is not None:
+            learn = self._learner()
+            self._rounds.moved(self.place, self.ticket_dir or Path(learn.path) / learn.model_dir)
 
     def _break_off(self, learn: Learner) -> None:
         """Leaves the masks of the last step, and nothing else of this fit."""
-        self._give_up(learn)
+        self._hold(learn)
+        if self._is_fitting:
+            self._give_up(learn)
         self._clean_up(learn)
 
     def _give_up(self, learn: Learner) -> None:
         """Leaves the rest of a schedule that fits share to those that follow: a fit was broken off."""
         self._hold(learn)
         self._is_fitting = False
-        if self.total_epochs is not None:
-            # With a file to go on from, this callback's or another's, the same fit is called again.
-            files = [cb._file for cb in learn.cbs if isinstance(cb, SparsifyCallback)] + [self._file]
-            self._is_broken = any(file is not None and file.resume for file in files)
-            self._left = self.span.after(0 if self._is_broken else max(0, self.epoch_now))
-            if self.sparse is not None:
-                self.sparse.stay()
+        # With a file to go on from, this callback's or another's, the same fit is called again.
+        files = [cb.file for cb in learn.cbs if isinstance(cb, SparsifyCallback)] + [self.file]
+        shared = self.place.break_off(has_file=any(file is not None and file.resume for file in files))
+        if shared and self.sparse is not None:
+            self.sparse.stay()
 
     def _clean_up(self, learn: Learner) -> None:
-        if self._guard is not None:
-            self._guard.leave()
-            self._guard = None
-        learn.metrics = learn.metrics.filter(
-            lambda m: not isinstance(m, SparsityMetric) or m.count != self.sparsity_now
-        )
-        ours = [c for c in learn.cbs if getattr(c, "owner", None) is self]
-        for resume in (c for c in ours if isinstance(c, Resume)):
-            resume.leave()
-        learn.remove_cbs(ours)
-
-    def _drop_keepers(self, learn: Learner) -> None:
-        weights = {id(t.weight) for t in self._run().sparsifier.targets}
-        for cb in [c for c in learn.cbs if isinstance(c, KeepSparse)]:
-            cb.give_up(weights)
-
-    def _reset_epoch(self) -> None:
-        self._position = -1.0
-        self._cancelled = False
-
-    def _say(self, text: str) -> None:
-        if self.verbose:
-            print(text)
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._say(text)
-
-
-def _as_path(path: Any, what: str) -> Path | None:
-    if path is not None and not isinstance(path, (str, Path)):
-        raise ArgumentError(f"{what}={path!r} is no path; give a str or a pathlib.Path")
-    return None if path is None else Path(path)
+        self._additions.leave(learn, self.sparsity_now)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable as Function
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from fastai.callback import core
-from fastai.callback.core import Callback, TrainEvalCallback
-from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.core import Callback
 from fastai.learner import Learner, Recorder
 from fastcore.foundation import L
 from torch import Tensor, nn
 
 from gossamer.errors import FileError, GossamerWarning
+from gossamer.integrations.fastai.bystanders import bystanders, changed, has_state, put_back
 from gossamer.integrations.fastai.followers import Traceless
+from gossamer.integrations.fastai.span import only_looks
 from gossamer.randomness import (
+    GENERATORS,
+    check_generator_state,
     check_random_state,
     generator_state,
     random_state,
@@ -31,29 +32,24 @@ from gossamer.randomness import (
 from gossamer.targets import unwrapped
 from gossamer.weights import check_weights, load_weights
 
-_FASTAI = ("run", "run_train", "run_valid", "order")  # what fastai steers a callback by
-_PLACES = ("generator", "sampler.generator", "batch_sampler.generator", "batch_sampler.sampler.generator")
-_OWN = (TrainEvalCallback, ProgressCallback, Recorder)
+_HOLDERS = ("", "sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
+"""Where a data loader, or what it is made of, may have random numbers of its own."""
 
 
-def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def learner_state(learn: Learner, before: dict[str, dict[str, str]]) -> dict[str, Any]:
     """Everything of a fit at the end of an epoch, but for the sparse run.
 
     Args:
         learn: between two epochs.
-        before: `counters` of the callbacks when the fit began; what has changed since is part of the state.
+        before: `fingerprints` of the callbacks when the fit began; what has changed since is part of the state.
 
     Returns:
         Nested dicts that `save_state` can write.
     """
     model = unwrapped(cast(nn.Module, learn.model))
-    now = counters(learn)
-    changed = {
-        name: {k: v for k, v in values.items() if not _same(before.get(name, {}).get(k), v)}
-        for name, values in now.items()
-    }
     state: dict[str, Any] = {
         "model": model.state_dict(),
+        "other_buffers": _other_buffers(model),
         # What accumulation carries over from one epoch to the next; else gradients are gone by now, or zero.
         # Those that are zero are only named: fastai's optimizers step what has a gradient at all, and momentum goes on.
         "gradients": {
@@ -61,9 +57,9 @@ def learner_state(learn: Learner, before: dict[str, dict[str, Any]]) -> dict[str
         },
         "optimizer": cast(Any, learn).opt.state_dict(),
         "optimizer_kind": _kind(learn.opt),
-        "callbacks": {n: v for n, v in changed.items() if v},
-        "states": {_names(learn)[id(cb)]: cb.state_dict() for cb in _others(learn) if _has_state(cb)},
-        "loaders": [_loader_state(dl) for dl in learn.dls.loaders],
+        "callbacks": changed(learn, before),
+        "states": {name: cb.state_dict() for name, cb in bystanders(learn).items() if has_state(cb)},
+        "loaders": [loader_state(dl) for dl in learn.dls.loaders],
         "set_up": _set_up(learn),
         "train_iter": int(cast(Any, learn).train_iter),
         "random": random_state(),
@@ -123,6 +119,7 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
                 stacklevel=2,
             )
     load_weights(model, state["model"], what)
+    _put_other_buffers(model, state.get("other_buffers", {}))
     if "hypers" in saved:
         parameters = [p for group in opt.param_lists for p in group]
         saved = {
@@ -133,6 +130,9 @@ def restore_training(learn: Learner, state: dict[str, Any], path: Path) -> None:
                 for p, entries in zip(parameters, saved["state"], strict=True)
             ],
         }
+        if saved.get("slow_weights") is not None:
+            groups = zip(opt.param_lists, saved["slow_weights"], strict=True)
+            saved["slow_weights"] = L(L(s.to(p.device) for p, s in zip(*pair, strict=True)) for pair in groups)
     opt.load_state_dict(saved)
     for name, parameter in model.named_parameters():  # an interrupt leaves gradients behind
         there, gradient = name in state["gradients"], state["gradients"].get(name)
@@ -154,11 +154,8 @@ def check_rest(state: dict[str, Any]) -> None:
             raise TypeError(f"{key} is a {type(state[key]).__name__}")
     check_random_state(state["random"])
     for saved in state["loaders"]:
-        if "rng" in saved:
-            restore_generator(random.Random(), saved["rng"])
-        for where in _PLACES:
-            if where in saved:
-                torch.Generator().set_state(saved[where])
+        for there in saved.values():
+            check_generator_state(there)
     if "recorder" in state:
         for key in ("lrs", "losses", "iters", "values", "smooth"):
             state["recorder"][key]
@@ -167,6 +164,8 @@ def check_rest(state: dict[str, Any]) -> None:
 def restore_rest(learn: Learner, state: dict[str, Any]) -> None:
     """Puts back what must stand still until the next epoch begins: random numbers, counters, what was recorded."""
     _restore_callbacks(learn, state)
+    # fastai looks at one item of the data, once a process, before it splits the first batch: that draws random numbers.
+    getattr(learn.dls, "n_inp", None)
     loaders = learn.dls.loaders
     if len(loaders) != len(state["loaders"]):
         warnings.warn(
@@ -176,21 +175,16 @@ def restore_rest(learn: Learner, state: dict[str, Any]) -> None:
             stacklevel=2,
         )
     for loader, saved in zip(loaders, state["loaders"], strict=False):
-        _restore_loader(loader, saved)
-    # fastai looks at one item of the data, once a process, before it splits the first batch: that draws random numbers.
-    getattr(learn.dls, "n_inp", None)
+        restore_loader(loader, saved)
     restore_random_state(state["random"])
 
 
 def _restore_callbacks(learn: Learner, state: dict[str, Any]) -> None:
     cast(Any, learn).train_iter = state["train_iter"]
-    names, now = _names(learn), counters(learn)
-    for cb in _others(learn):
-        for name, value in state["callbacks"].get(names[id(cb)], {}).items():
-            if name in now.get(names[id(cb)], {}) and isinstance(value, (bool, int, float)):
-                vars(cb)[name] = value
-        if names[id(cb)] in state["states"]:
-            cb.load_state_dict(state["states"][names[id(cb)]])
+    put_back(learn, state["callbacks"])
+    for name, cb in bystanders(learn).items():
+        if name in state["states"] and has_state(cb):
+            cb.load_state_dict(state["states"][name])
     if "scaler" in state and _scaler(learn) is not None:
         _scaler(learn).load_state_dict(state["scaler"])
     recorder = next((cb for cb in learn.cbs if isinstance(cb, Recorder)), None)
@@ -200,20 +194,6 @@ def _restore_callbacks(learn: Learner, state: dict[str, Any]) -> None:
         recorder.losses = list(saved["losses"].float().unbind())
         recorder.values = [L(row) for row in saved["values"]]
         recorder.smooth_loss.count, recorder.smooth_loss.val = saved["smooth"]["count"], saved["smooth"]["val"]
-
-
-def counters(learn: Learner) -> dict[str, dict[str, Any]]:
-    """The plain numbers that other callbacks hold: a best value, how long they have waited, a count."""
-    names = _names(learn)
-    return {
-        names[id(cb)]: {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in vars(cb).items()
-            if name not in _FASTAI and isinstance(value, (bool, int, float, np.generic))
-        }
-        for cb in _others(learn)
-        if not _has_state(cb)
-    }
 
 
 class Resume(Traceless):
@@ -251,7 +231,7 @@ class Resume(Traceless):
     def before_epoch(self) -> None:
         """Skips, or starts."""
         learn = cast(Learner, self.learn)
-        if learn.lock.locked():  # somebody validates in the middle of the fit
+        if only_looks(learn):
             return
         self._epoch += 1
         if not self._begun:
@@ -262,13 +242,13 @@ class Resume(Traceless):
         if self._epoch < self._skip:
             self._set_running(False)
             for owner in self._owners:
-                cast(Any, owner).epoch_now = self._epoch  # they do not see it begin
+                cast(Any, owner).place.epoch = self._epoch  # they do not see it begin
             raise cast(Any, core).CancelEpochException
         self._go_on()
 
     def after_fit(self) -> None:
         """Lets the others see the end of a fit that was skipped whole."""
-        if not cast(Learner, self.learn).lock.locked():
+        if not only_looks(cast(Learner, self.learn)):
             self._go_on()
 
     def _go_on(self) -> None:
@@ -309,8 +289,26 @@ class Checkpointer(Traceless):
     def after_epoch(self) -> None:
         """Saves, when it is time."""
         learn, done = cast(Any, self.learn), cast(Any, self.owner).epoch_now + 1
-        if not learn.lock.locked() and (done % self._every == 0 or done == learn.n_epoch):
+        if not only_looks(cast(Learner, self.learn)) and (done % self._every == 0 or done == learn.n_epoch):
             self._save()
+
+
+def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a network keeps and does not save, as where they can be computed anew."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+def _put_other_buffers(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, now in _other_buffers(model).items():
+        there = buffers.get(name)
+        if not isinstance(there, Tensor):
+            continue
+        if now.shape == there.shape and now.dtype == there.dtype:
+            now.copy_(there)
+        else:  # one that grows with what it has seen
+            holder, _, last = name.rpartition(".")
+            model.get_submodule(holder).register_buffer(last, there.to(now.device), persistent=False)
 
 
 def _set_up(learn: Learner) -> dict[str, Any]:
@@ -332,53 +330,23 @@ def _kind(opt: Any) -> str:
     return f"{type(opt).__name__}({', '.join(steps)})"
 
 
-def _others(learn: Learner) -> Iterable[Any]:
-    # Of ours only the one that saves models has counters.
-    ours = [cb for cb in learn.cbs if isinstance(cb, Traceless) and not isinstance(cb, SaveModelCallback)]
-    return [cb for cb in learn.cbs if not isinstance(cb, _OWN) and cb not in ours]
+def loader_state(loader: Any) -> dict[str, Any]:
+    return {where: generator_state(generator) for where, generator in _generators(loader).items()}
 
 
-def _names(learn: Learner) -> dict[int, str]:
-    """A name for each callback, also where two are of one class."""
-    seen: dict[str, int] = {}
-    names: dict[int, str] = {}
-    for cb in _others(learn):
-        seen[cb.name] = seen.get(cb.name, 0) + 1
-        names[id(cb)] = f"{cb.name} {seen[cb.name]}"
-    return names
+def restore_loader(loader: Any, state: dict[str, Any]) -> None:
+    for where, generator in _generators(loader).items():
+        if where in state:
+            restore_generator(generator, state[where])
 
 
-def _has_state(cb: Any) -> bool:
-    # On the class: fastai looks up what a callback lacks in the learner, and then in the model.
-    return hasattr(type(cb), "state_dict") and hasattr(type(cb), "load_state_dict")
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and (a == b or (a != a and b != b))
-
-
-def _loader_state(loader: Any) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    if hasattr(loader, "rng"):  # fastai's own loader
-        state["rng"] = generator_state(loader.rng)
-    for where in _PLACES:
-        generator = _generator(loader, where)
-        if generator is not None:
-            state[where] = generator.get_state()
-    return state
-
-
-def _restore_loader(loader: Any, state: dict[str, Any]) -> None:
-    if "rng" in state and hasattr(loader, "rng"):
-        restore_generator(loader.rng, state["rng"])
-    for where in _PLACES:
-        generator = _generator(loader, where)
-        if generator is not None and where in state:
-            generator.set_state(state[where])
-
-
-def _generator(loader: Any, where: str) -> torch.Generator | None:
-    holder = loader
-    for step in where.split("."):
-        holder = getattr(holder, step, None)
-    return holder if isinstance(holder, torch.Generator) else None
+def _generators(loader: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for where in _HOLDERS:
+        holder = loader
+        for step in where.split(".") if where else ():
+            holder = getattr(holder, step, None)
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if isinstance(value, GENERATORS) and not any(value is other for other in found.values()):
+                found[f"{where}.{name}".strip(".")] = value
+    return found

@@ -15,11 +15,11 @@ from fastai.torch_core import rank_distrib
 from torch import nn
 
 from gossamer.errors import ArgumentError, FileError, GossamerWarning, StateError
+from gossamer.integrations.fastai.bystanders import fingerprints, warn_of_the_rest
 from gossamer.integrations.fastai.checkpoint import (
     Checkpointer,
     Resume,
     check_rest,
-    counters,
     learner_state,
     restore_rest,
     restore_training,
@@ -50,6 +50,41 @@ def as_epochs(every: int | str) -> int:
     return 1 if every == "epoch" else int(every)
 
 
+def as_path(path: Any, what: str) -> Path | None:
+    """A path, if any is given.
+
+    Raises:
+        ArgumentError: it is none.
+
+    Example:
+        >>> as_path("run.safetensors", "checkpoint").suffix
+        '.safetensors'
+    """
+    if path is not None and not isinstance(path, (str, Path)):
+        raise ArgumentError(f"{what}={path!r} is no path; give a str or a pathlib.Path")
+    return None if path is None else Path(path)
+
+
+def fit_file(checkpoint: str | Path | None, every: int | str, resume: bool) -> FitFile | None:
+    """The file that a callback's arguments ask for, if any.
+
+    Raises:
+        ArgumentError: one that cannot be used, or that has no file to go with.
+
+    Example:
+        >>> fit_file(None, "epoch", resume=False) is None
+        True
+    """
+    if resume and checkpoint is None:
+        raise ArgumentError("resume=True has nothing to go on from; name the file: checkpoint='run.safetensors'")
+    if not isinstance(resume, bool):
+        raise ArgumentError(f"resume={resume!r} is neither True nor False")
+    path, epochs = as_path(checkpoint, "checkpoint"), as_epochs(every)
+    if path is None and epochs > 1:
+        raise ArgumentError(f"every={epochs} has no file to write; name it: checkpoint='run.safetensors'")
+    return None if path is None else FitFile(path, every, resume)
+
+
 class FitFile:
     """Where a SparsifyCallback's fit is kept, and from where it goes on.
 
@@ -67,7 +102,7 @@ class FitFile:
         self._fit = 0  # how many fits, or groups of fits that share a schedule, this callback has ended
         self._is_done = False  # whether the file holds a fit that ended, and that this callback has seen to its end
         self._state: dict[str, Any] | None = None
-        self._counters: dict[str, dict[str, Any]] = {}
+        self._before: dict[str, dict[str, str]] = {}  # what other callbacks carried
 
     def end(self) -> None:
         """Takes note that a fit has come to its end, so that the next one may write over the file."""
@@ -161,7 +196,8 @@ class FitFile:
             )
 
         def begin() -> None:
-            self._counters = {**counters(learn), **self._counters}  # as they were before any fit of this file
+            self._before = {**fingerprints(learn), **self._before}  # as they were before any fit of this file
+            warn_of_the_rest(learn)
 
         learn.add_cb(Resume([callback, *_others(callback, learn)], begin, skip, restore))
         if not rank_distrib():
@@ -217,7 +253,7 @@ class FitFile:
             "epoch": callback.span.done + callback.epoch_now + 1,
             "sparse": callback.state_dict(),
             "others": [cb.state_dict() for cb in _others(callback, learn)],
-            "learner": learner_state(learn, self._counters),
+            "learner": learner_state(learn, self._before),
         }
         save_state(self.path, state, KIND)
 

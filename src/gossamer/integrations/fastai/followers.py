@@ -1,19 +1,16 @@
-"""What goes with a SparsifyCallback: the column, the voice after all others, and the keeper after the fit."""
+"""What goes with a SparsifyCallback in the learner: the column, and the voice after all others."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable as Function
-from collections.abc import Collection
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Metric, ValueMetric
-from torch import nn
 
 from gossamer.integrations.fastai.guard import Guard
-from gossamer.training import SparseTraining
 
 
 class Traceless(Callback):
@@ -75,6 +72,27 @@ class SparsityMetric(Metric):
         return ValueMetric, (partial(float, self.value), self.name)
 
 
+class StepWatch(Traceless):
+    """Looks at the gradients right before the optimizer's step: unscaled and clipped, and only where there is a step.
+
+    Args:
+        owner: the callback that it looks for.
+        before_step: called then.
+    """
+
+    order = 12  # after mixed precision (10), which cancels a step that overflows, and clipping (11)
+    run_valid = False
+
+    def __init__(self, owner: Callback, before_step: Function[[], None]) -> None:
+        super().__init__()
+        self.owner = owner
+        self._before_step = before_step
+
+    def before_step(self) -> None:
+        """The gradients are there."""
+        self._before_step()
+
+
 class Announcer(Traceless):
     """Acts once all others have acted: fastai's row is out, a best checkpoint is loaded.
 
@@ -99,114 +117,3 @@ class Announcer(Traceless):
     def after_fit(self) -> None:
         """The fit's last lines."""
         self._after_fit()
-
-
-class KeepSparse(Traceless):
-    """Stays on the learner after a sparse fit, so that masked weights stay zero in whatever fit comes next.
-
-    It is put there by `SparsifyCallback`, as `learn.keep_sparse`, and goes with `release()`.
-
-    Args:
-        run: whose masks are kept.
-        verbose: whether to say so, once.
-    """
-
-    order = -4
-    run_valid = False
-
-    def __init__(self, run: SparseTraining, verbose: bool = True) -> None:
-        super().__init__()
-        self.sparse, self._silent = run, not verbose
-        self._without: set[str] = set()
-        self._idle = False
-        self._guard: Guard | None = None
-
-    def before_fit(self) -> None:
-        """Applies the masks to what may have been loaded in between, and says once that they hold."""
-        learn = cast(Learner, self.learn)
-        if learn.lock.locked():  # somebody validates, perhaps in the middle of a fit
-            return
-        self._idle = self._is_replaced(learn)
-        if self._idle:
-            return
-        # Not where a callback is about to take over, by the zeros that are there now; nor before lr_find has saved the
-        # weights that it will put back.
-        if not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
-            self._hold(learn)
-        self._drop_guard()
-        self._guard = Guard(learn, partial(self._break_off, learn))
-        if not self._silent and not hasattr(learn, "lr_finder") and not any(map(is_sparsifier, learn.cbs)):
-            masks = self.sparse.sparsifier.masks
-            names = [name for name in masks if name not in self._without]
-            zeros, total = sum(masks.masked(n) for n in names), sum(masks[n].numel() for n in names)
-            print(
-                f"{zeros:,} weights ({100 * zeros / total:.2f}%) are masked since an earlier fit and stay zero; "
-                "learn.keep_sparse.release() would let them grow"
-            )
-            self._silent = True
-
-    def after_fit(self) -> None:
-        """The fit has come to its end."""
-        if not cast(Learner, self.learn).lock.locked():
-            self._drop_guard()
-
-    def after_step(self) -> None:
-        """Zeroes what is masked."""
-        if not self._idle:
-            self._hold(cast(Learner, self.learn))
-
-    # The optimizer may have stepped already when another callback cancels.
-    after_cancel_batch = after_cancel_train = after_cancel_epoch = after_cancel_fit = after_step
-
-    def release(self) -> None:
-        """Lets go of the masks, its own and those of every other keeper on the learner, and leaves it."""
-        for keeper in [self] if self.learn is None else _keepers(cast(Learner, self.learn)):
-            keeper.sparse.release()
-            keeper.leave()
-
-    def give_up(self, weights: Collection[int]) -> None:
-        """Leaves layers to another callback, and the learner if none is left.
-
-        Args:
-            weights: ids of the weights that it sees to.
-        """
-        self._without |= {t.name for t in self.sparse.sparsifier.targets if id(t.weight) in weights}
-        masks = self.sparse.sparsifier.masks
-        if not any(masks.masked(name) for name in masks if name not in self._without):
-            self.leave()
-        elif not self._idle:
-            self._hold(cast(Learner, self.learn))
-
-    def leave(self) -> None:
-        """Leaves the learner."""
-        self._drop_guard()
-        if self.learn is None:
-            return
-        learn = cast(Learner, self.learn)
-        learn.remove_cb(self)
-        for keeper in _keepers(learn)[-1:]:  # fastai took the name off the learner, and another keeper needs it
-            setattr(learn, keeper.name, keeper)
-
-    def _break_off(self, learn: Learner) -> None:
-        self._hold(learn)
-        self._drop_guard()
-
-    def _drop_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.leave()
-            self._guard = None
-
-    def _hold(self, learn: Learner) -> None:
-        self.sparse.optimizer = learn.opt
-        self.sparse.hold(self._without)
-
-    def _is_replaced(self, learn: Learner) -> bool:
-        """Whether the callback itself sees to the masks, or the learner has another network now."""
-        if any(is_sparsifier(cb) and cb.sparse is self.sparse for cb in learn.cbs):
-            return True
-        inside = {id(p) for p in cast(nn.Module, learn.model).parameters()}
-        return not any(id(t.weight) in inside for t in self.sparse.sparsifier.targets)
-
-
-def _keepers(learn: Learner) -> list[KeepSparse]:
-    return [cb for cb in learn.cbs if isinstance(cb, KeepSparse)]

@@ -1,4 +1,4 @@
-"""What to do when an epoch is broken off by Ctrl-C or an error, of which fastai tells no callback."""
+"""What to do when a fit is broken off by Ctrl-C or an error, of which fastai tells no callback."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from fastai.callback import core
 from fastai.learner import Learner
 
 _CANCEL_FIT: Any = vars(core)["CancelFitException"]
-_METHOD = "_with_events"  # what runs an epoch, with the events before and after it
+_METHOD = "_with_events"  # what runs a fit, or an epoch of it, with the events before and after
 
 
 class Guard:
-    """Stands before the learner's `_with_events`, and calls a function when something is raised inside an epoch.
+    """Stands before the learner's `_with_events`, and calls a function when something is raised inside a fit.
+
+    One that comes when the fit has begun sees its epochs only.
 
     Args:
         learn: the learner; it gets an attribute, until `leave`.
@@ -29,10 +31,10 @@ class Guard:
     def __call__(self, f: Any, event_type: str, *args: Any, **kwargs: Any) -> None:
         try:
             self._inner(f, event_type, *args, **kwargs)
-        except _CANCEL_FIT:  # the only one that fastai still catches, and tells every callback of
-            raise
-        except BaseException:
-            if self._is_on and event_type == "epoch":
+        except BaseException as error:
+            # A fit that is cancelled in an epoch is the only case that fastai still tells every callback of.
+            is_told = event_type == "epoch" and isinstance(error, _CANCEL_FIT)
+            if self._is_on and event_type in ("fit", "epoch") and not is_told:
                 self._on_break()
             raise
 

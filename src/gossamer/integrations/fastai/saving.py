@@ -9,7 +9,8 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Learner
 
 from gossamer.errors import GossamerWarning, StateError
-from gossamer.integrations.fastai.followers import KeepSparse, Traceless, is_sparsifier
+from gossamer.integrations.fastai.followers import Traceless, is_sparsifier
+from gossamer.integrations.fastai.keeper import KeepSparse
 
 
 class SaveSparseModelCallback(Traceless, SaveModelCallback):

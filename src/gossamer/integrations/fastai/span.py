@@ -80,6 +80,17 @@ def is_within_fit(learn: Learner) -> bool:
     return _calling(learn, Learner.fit) is not None
 
 
+def only_looks(learn: Learner) -> bool:
+    """Whether an event that a fit sends is somebody's who looks at the network: validate, get_preds, summary.
+
+    They send a fit's outer events too. Most hold the learner's lock meanwhile; `summary` and its like only enter the
+    learner, as in `with learn:`.
+    """
+    return bool(learn.lock.locked()) or any(
+        _calling(learn, f) is not None for f in (Learner.__enter__, Learner.__exit__)
+    )
+
+
 def _calling(learn: Learner, function: Any) -> FrameType | None:
     code = inspect.unwrap(function).__code__
     frame: FrameType | None = inspect.currentframe()

@@ -1,0 +1,63 @@
+"""A network as a graph of the engine's operators and of PyTorch's, by torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx import Graph, GraphModule, Node
+
+from gossamer.runtime.fusion import fuse
+
+
+class NotCapturedError(Exception):
+    """torch.export could not make a graph of the network."""
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> GraphModule:
+    """A graph whose layers are operators of the engine, each of them with what follows it.
+
+    Args:
+        model: in eval mode.
+        args: example inputs; sizes may change later where the network allows it.
+        kwargs: further ones; with these, sizes are fixed.
+
+    Raises:
+        NotCapturedError: it cannot be done; the message says why.
+    """
+    # A batch of one would be taken for a constant, so it is captured with two.
+    doubled = tuple(
+        a.repeat(2, *[1] * (a.ndim - 1)) if isinstance(a, Tensor) and a.ndim and len(a) == 1 else a for a in args
+    )
+    failed = ""
+    for given, shapes in ((doubled, _dynamic(doubled)), (args, None)):
+        try:
+            program: ExportedProgram = export(
+                model, given, dict(kwargs or {}), dynamic_shapes=None if kwargs else shapes, strict=False
+            )
+            graph: Any = program.run_decompositions({}).module()
+        except Exception as error:  # anything at all, from anywhere in PyTorch or the network
+            failed = str(error).splitlines()[0] if str(error) else type(error).__name__
+        else:
+            fuse(graph)
+            return graph
+    raise NotCapturedError(failed)
+
+
+def copied(graph: GraphModule) -> GraphModule:
+    """The same graph over the same modules, to be changed by itself."""
+    new = Graph()
+    values: dict[Node, Node] = {}
+    result = new.graph_copy(graph.graph, values)
+    new.output(result)
+    new.set_codegen(graph.graph._codegen)
+    return GraphModule(graph, new)
+
+
+def _dynamic(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(
+        {axis: Dim.AUTO for axis in range(a.ndim) if axis != 1 or a.ndim == 2} if isinstance(a, Tensor) else None
+        for a in arguments
+    )

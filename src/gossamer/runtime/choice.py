@@ -1,0 +1,106 @@
+"""Which layers run by their weights that are not zero, and which dense: by what both should take, or by a trial."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from gossamer.native import native
+from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Layer
+from gossamer.runtime.segment import Segment, signature_of
+from gossamer.runtime.values import FEW
+
+WORTH = 40.0
+"""Percent of zeros from which on a layer runs sparse where nothing is known of its inputs."""
+
+_LEAST = 20.0
+"""Percent of zeros below which a layer is taken for a dense one."""
+
+_GAIN = 0.9
+"""Of the dense time, what a sparse layer may be expected to take: the estimates are no better than that."""
+
+_ROUNDS = 7
+_MARGIN = 0.9
+"""What a trial must gain over the expected way to overrule it: machines are noisy."""
+
+
+def choose(graph: GraphModule, args: tuple[Any, ...], *, tune: bool = False) -> None:
+    """Settles `is_sparse`, and `expected`, of every layer of a graph.
+
+    Args:
+        graph: as `capture` gives it.
+        args: example inputs; the choice is made for their shapes.
+        tune: whether each layer is tried both ways on this machine.
+    """
+    if native() is None:
+        for module in graph.modules():
+            if isinstance(module, Layer):
+                module.is_sparse = runs_sparse(module)
+        return
+    with torch.no_grad():
+        _Choice(graph, tune).run(*args)
+
+
+def runs_sparse(layer: Layer) -> bool:
+    """Whether a layer is faster by its non-zero weights than dense, whatever its inputs."""
+    if layer.is_depthwise:  # a kernel of its own, which is no slower where nothing is zero
+        return True
+    return layer.weight[0].numel() >= 16 and layer.sparsity >= WORTH
+
+
+class _Choice(Interpreter):
+    """Runs a graph, and looks at what reaches each layer."""
+
+    def __init__(self, graph: GraphModule, tune: bool) -> None:
+        super().__init__(graph)
+        self._tune = tune
+        self._seen: set[Layer] = set()
+
+    def run_node(self, n: Node) -> Any:
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, Layer) and module not in self._seen:
+            self._seen.add(module)
+            inputs, _ = self.fetch_args_kwargs_from_env(n)
+            _settle(module, tuple(inputs), self._tune)
+        return super().run_node(n)
+
+
+def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> None:
+    if layer.sparsity < _LEAST and not layer.is_depthwise:
+        layer.is_sparse, layer.expected = False, None
+        return
+    value = signature_of(inputs[0], layer.geometry is None)
+    direct = IN_PLACE + OUT_PLACE if layer.is_pointwise and value.images * value.pixels >= FEW else 0
+    sparse = layer.cost(value, 1, direct)
+    if sparse is None:
+        layer.is_sparse, layer.expected = False, None
+        return
+    layer.expected = sparse / layer.dense_cost(value)
+    # A depthwise layer that ran in PyTorch would also take apart what is around it.
+    layer.is_sparse = layer.expected < _GAIN or layer.is_depthwise
+    if tune:
+        measured = _tried(layer, inputs)
+        if measured is not None and (measured < _MARGIN if not layer.is_sparse else measured * _MARGIN > 1):
+            layer.is_sparse = not layer.is_sparse
+        if measured is not None:
+            layer.expected, layer.is_measured = measured, True
+
+
+def _tried(layer: Layer, inputs: tuple[Tensor, ...]) -> float | None:
+    """The time of the sparse kernel over that of PyTorch: the median of some rounds, side by side."""
+    segment = Segment.of(layer, len(inputs))
+    if segment.stages(*inputs) is None:
+        return None
+    ratios: list[float] = []
+    for _ in range(_ROUNDS):
+        seconds = sum(took for name, took in segment.timed(*inputs)[1] if name == "operator")
+        layer(*inputs)
+        began = time.perf_counter()
+        layer(*inputs)
+        ratios.append(seconds / (time.perf_counter() - began))
+    return statistics.median(ratios)

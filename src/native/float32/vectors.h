@@ -1,0 +1,180 @@
+// A vector of floats in the compiler's extensions, and what is computed on it. Compiled once per instruction set, in a
+// namespace of its own; no std header here, nor in what includes it (see kernels.h).
+#pragma once
+#include "kernels.h"
+
+#ifndef GOSSAMER_ISA
+#error "compile with -DGOSSAMER_ISA=… and -DGOSSAMER_LANES=…"
+#endif
+#if defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+namespace {
+
+constexpr int L = GOSSAMER_LANES;
+
+typedef float V __attribute__((vector_size(L * 4)));
+typedef float U __attribute__((vector_size(L * 4), aligned(4)));
+typedef int32_t I __attribute__((vector_size(L * 4)));
+
+INLINE V load(const float* p) { return *reinterpret_cast<const U*>(p); }
+INLINE void store(float* p, V v) { *reinterpret_cast<U*>(p) = v; }
+INLINE V all(float x) { return x - V{}; }
+INLINE V pick(I mask, V yes, V no) { return mask ? yes : no; }
+// As torch has it, nan stays nan.
+INLINE V at_least(V v, float low) { return pick(v < all(low), all(low), v); }
+INLINE V at_most(V v, float high) { return pick(v > all(high), all(high), v); }
+
+// The last of `before`, then all but the last of v.
+INLINE V shifted(V before, V v) {
+#if GOSSAMER_LANES == 16
+  return __builtin_shufflevector(before, v, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30);
+#elif GOSSAMER_LANES == 8
+  return __builtin_shufflevector(before, v, 7, 8, 9, 10, 11, 12, 13, 14);
+#else
+  return __builtin_shufflevector(before, v, 3, 4, 5, 6);
+#endif
+}
+
+// Of two vectors that follow each other.
+INLINE V every_second(V a, V b) {
+#if GOSSAMER_LANES == 16
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif GOSSAMER_LANES == 8
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
+}
+// Of 2L floats; there must be as many.
+INLINE V every_second(const float* from) { return every_second(load(from), load(from + L)); }
+
+#if defined(__AVX512VL__)
+// Those whose bit is set; the others are zero, and not touched.
+INLINE V load_some(const float* p, uint32_t bits) {
+#if GOSSAMER_LANES == 16
+  return (V)_mm512_maskz_loadu_ps(__mmask16(bits), p);
+#else
+  return (V)_mm256_maskz_loadu_ps(__mmask8(bits), p);
+#endif
+}
+#endif
+
+// The first n floats, n <= L; the others are zero, and nothing behind them is touched.
+INLINE V load_few(const float* p, int32_t n) {
+#if defined(__AVX512VL__) && GOSSAMER_LANES == 16
+  return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#elif defined(__AVX512VL__)
+  return (V)_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p);
+#else
+  float few[L] = {};
+  for (int32_t i = 0; i < n; i++) few[i] = p[i];
+  return load(few);
+#endif
+}
+INLINE void store_few(float* p, V v, int32_t n) {
+#if defined(__AVX512VL__) && GOSSAMER_LANES == 16
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+#elif defined(__AVX512VL__)
+  _mm256_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m256)v);
+#else
+  typedef float Four __attribute__((vector_size(16), aligned(4)));
+  typedef float Two __attribute__((vector_size(8), aligned(4)));
+  if (n == L) return store(p, v);
+  float few[L];
+  const float* from = few;
+  store(few, v);
+  if (L > 4 && n & 4) {
+    *reinterpret_cast<Four*>(p) = *reinterpret_cast<const Four*>(from);
+    p += 4;
+    from += 4;
+  }
+  if (n & 2) {
+    *reinterpret_cast<Two*>(p) = *reinterpret_cast<const Two*>(from);
+    p += 2;
+    from += 2;
+  }
+  if (n & 1) *p = *from;
+#endif
+}
+
+// e^x to a few units in the last place: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes).
+INLINE V exponential(V x) {
+  V y = at_most(at_least(x, -87.3f), 88.3f);
+  V n = y * 1.44269504f + 12582912.0f;  // rounds to a whole number
+  I whole = (I)n - 0x4B400000;
+  n -= 12582912.0f;
+  V r = y - n * 0.693359375f + n * 2.12194440e-4f;
+  V p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  V result = (V)((I)p + (whole << 23));
+  return pick(x != x, x, result);
+}
+
+// 1 / x for 1 <= x <= 1e36: a guess by the exponent, and three steps of Newton's, which take less than a division.
+INLINE V inverse(V x) {
+  V r = (V)(0x7EF311C7 - (I)x);
+  r *= 2.0f - x * r;
+  r *= 2.0f - x * r;
+  return r * (2.0f - x * r);
+}
+
+INLINE V sigmoid(V x) { return inverse(1.0f + exponential(at_most(-x, 80.0f))); }
+
+INLINE V tangent(V x) {  // tanh
+  V e = exponential(2.0f * at_most(at_least(x, -10.0f), 10.0f));
+  return pick(x != x, x, (e - 1.0f) / (e + 1.0f));  // exactly 1 far out
+}
+
+// The normal distribution's function, by 1 - erf to 1.5e-7 (Abramowitz and Stegun 7.1.26), which is small where x is.
+INLINE V normal(V x) {
+  V a = pick(x < V{}, -x, x) * 0.70710678f, t = inverse(1.0f + 0.3275911f * at_most(a, 1e19f));
+  V p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  V tail = 0.5f * p * exponential(-a * a);
+  return pick(x < V{}, tail, 1.0f - tail);
+}
+
+template <int KIND>
+INLINE V activated(V v) {
+  switch (KIND) {
+    case RELU: return at_least(v, 0.0f);
+    case RELU6: return at_most(at_least(v, 0.0f), 6.0f);
+    case SILU: return at_least(v, -100.0f) * sigmoid(v);  // 0 at minus infinity
+    case GELU: return v * normal(v);
+    case GELU_TANH: return 0.5f * v * (1.0f + tangent(0.79788456f * (v + 0.044715f * v * v * v)));
+    case HARDSWISH: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    case HARDSIGMOID: return at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+    case SIGMOID: return sigmoid(v);
+    default: return v;
+  }
+}
+
+// Calls F<KIND>::of(arguments…) for an activation that is known when it runs.
+template <template <int> class F, class... A>
+INLINE void by_activation(int32_t kind, const A&... a) {
+  switch (kind) {
+    case NONE: return F<NONE>::of(a...);
+    case RELU: return F<RELU>::of(a...);
+    case RELU6: return F<RELU6>::of(a...);
+    case SILU: return F<SILU>::of(a...);
+    case GELU: return F<GELU>::of(a...);
+    case GELU_TANH: return F<GELU_TANH>::of(a...);
+    case HARDSWISH: return F<HARDSWISH>::of(a...);
+    case HARDSIGMOID: return F<HARDSIGMOID>::of(a...);
+    default: return F<SIGMOID>::of(a...);
+  }
+}
+
+}  // namespace
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

@@ -1,0 +1,441 @@
+// Selection in few passes over the weights: masking and looking for the threshold in one, cutting and masking in another.
+// The loops are in sweep.cpp. The twin is in Python: rules/selection.py, and zero_masked in masks.py.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <memory>
+#include <vector>
+
+#include "gossamer.h"
+#include "pool.h"
+#include "sweep.h"
+
+namespace gossamer {
+namespace {
+
+constexpr int64_t ITEM = 4 * PIECE;     // what a thread takes at a time
+constexpr int64_t SMALL = 1 << 15;      // so few units are all ordered
+constexpr int64_t SAMPLE = 1 << 12;     // at least
+constexpr uint64_t BUCKETS = 1 << 11;
+constexpr double INF = std::numeric_limits<double>::infinity(), NONE = std::numeric_limits<double>::quiet_NaN();
+
+enum Kind : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, SCORES32, SCORES64, N_KINDS };
+
+constexpr Scores LOOP[] = {MAGNITUDE_HALF, MAGNITUDE_HALF, MAGNITUDE_FLOAT, MAGNITUDE_DOUBLE, GIVEN_FLOAT, GIVEN_DOUBLE};
+constexpr int32_t SIZE[] = {2, 2, 4, 8, 4, 8};
+
+const Loops* supported(int32_t i) {
+  const Loops* found[4];
+  int32_t n = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq"))
+    found[n++] = &avx512::loops, found[n++] = &avx512::loops;  // of 256 bits too, which makes no difference here
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &avx2::loops;
+#endif
+  found[n++] = &baseline::loops;
+  return i >= 0 && i < n ? found[i] : nullptr;
+}
+
+bool fits(const GossamerSweep& s) {
+  for (int32_t t = 0; t < s.n_tensors; t++)
+    if (s.sizes[t] != 1 && s.sizes[t] != 2 && s.sizes[t] != 4 && s.sizes[t] != 8) return false;
+  return (s.keep || !s.n) && s.n >= 0 && s.kind >= 0 && s.kind < N_KINDS;
+}
+
+template <class To, class From>
+To as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// Magnitudes from their bits.
+double from_float16(int64_t bits) {
+  const int exponent = int(bits >> 10 & 31), fraction = int(bits & 1023);
+  if (exponent == 31) return fraction ? NONE : INF;
+  return std::ldexp(exponent ? fraction | 1024 : fraction, (exponent ? exponent : 1) - 25);
+}
+double from_bfloat16(int64_t bits) { return as<float>(int32_t(bits) << 16); }
+double from_float32(int64_t bits) { return as<float>(int32_t(bits)); }
+double from_float64(int64_t bits) { return as<double>(bits); }
+
+// Calls use(read), where read(i) is the score of element i.
+template <class F>
+void with_scores(const GossamerSweep& s, F use) {
+  const auto* half = static_cast<const int16_t*>(s.scores);
+  const auto* single = static_cast<const float*>(s.scores);
+  const auto* wide = static_cast<const double*>(s.scores);
+  switch (s.kind) {
+    case FLOAT16: return use([=](int64_t i) { return from_float16(half[i] & 0x7fff); });
+    case BFLOAT16: return use([=](int64_t i) { return from_bfloat16(half[i] & 0x7fff); });
+    case FLOAT32: return use([=](int64_t i) { return double(std::fabs(single[i])); });
+    case FLOAT64: return use([=](int64_t i) { return std::fabs(wide[i]); });
+    case SCORES32: return use([=](int64_t i) { return double(single[i]); });
+    default: return use([=](int64_t i) { return wide[i]; });
+  }
+}
+
+// The bits of the largest magnitude that is at most a number; -1 where none is.
+int64_t largest(double at_most, int64_t infinity, double (*from)(int64_t)) {
+  int64_t low = -1, high = infinity;
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    if (from(middle) <= at_most) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+// Of what is at most a number, in the layer's own dtype.
+Bound up_to(int32_t kind, double end) {
+  switch (kind) {
+    case FLOAT16: return {largest(end, 0x7c00, from_float16), end};
+    case BFLOAT16: return {largest(end, 0x7f80, from_bfloat16), end};
+    case FLOAT32: return {largest(end, 0x7f800000, from_float32), end};
+    case FLOAT64: return {largest(end, 0x7ff0000000000000, from_float64), end};
+    case SCORES32: {  // as a float that is no larger
+      const float limit = std::numeric_limits<float>::max();
+      if (!(std::fabs(end) <= double(limit))) return {-1, end > 0 && end != INF ? double(limit) : end < 0 ? -INF : end};
+      const float near = float(end);
+      return {-1, double(near) <= end ? near : std::nextafter(near, -std::numeric_limits<float>::infinity())};
+    }
+    default: return {-1, end};
+  }
+}
+
+// Of what is below a number.
+Bound before(int32_t kind, double end) { return up_to(kind, end == -INF ? NONE : std::nextafter(end, -INF)); }
+
+// Doubles order like these, and -0 is 0.
+int64_t key_of(double x) {
+  const int64_t bits = as<int64_t>(x + 0.0);
+  return bits < 0 ? bits ^ std::numeric_limits<int64_t>::max() : bits;
+}
+double from_key(int64_t key) { return as<double>(key < 0 ? key ^ std::numeric_limits<int64_t>::max() : key); }
+
+// Leaves of keys between two bounds those that may be the k-th smallest, and what k is among them: the keys are counted
+// by size first. A search by compares alone takes far longer, since no processor can guess how they come out. each calls
+// what it is given for every key.
+template <class Each>
+std::vector<int64_t> close_to(const Each& each, int64_t least, int64_t most, int64_t& k) {
+  const uint64_t low = uint64_t(least), range = uint64_t(most) - low;
+  int shift = 0;
+  while (range >> shift >= BUCKETS) shift++;
+  std::vector<int64_t> counts(BUCKETS);
+  each([&](int64_t key) { counts[(uint64_t(key) - low) >> shift]++; });
+  uint64_t bucket = 0;
+  while (k >= counts[bucket]) k -= counts[bucket++];
+  std::vector<int64_t> close;
+  close.reserve(size_t(counts[bucket]));
+  each([&](int64_t key) {
+    if ((uint64_t(key) - low) >> shift == bucket) close.push_back(key);
+  });
+  return close;
+}
+
+template <class Each>
+int64_t smallest(const Each& each, int64_t least, int64_t most, int64_t k) {
+  std::vector<int64_t> keys = close_to(each, least, most, k);
+  while (keys.size() > BUCKETS) {
+    const auto [first, last] = std::minmax_element(keys.begin(), keys.end());
+    if (*first == *last) break;
+    auto each_key = [&keys](auto use) {
+      for (int64_t key : keys) use(key);
+    };
+    keys = close_to(each_key, *first, *last, k);
+  }
+  std::nth_element(keys.begin(), keys.begin() + k, keys.end());
+  return keys[size_t(k)];
+}
+
+// A piece of a layer, and what was found in it.
+struct Item {
+  int32_t layer;
+  int64_t start, n;
+  int64_t settled = 0;
+  std::vector<uint32_t> places;  // from the start
+  std::vector<int64_t> keys;
+};
+
+struct Job {
+  GossamerSweep* layers;
+  int64_t n_layers, need;
+  int32_t threads;
+  const Loops& loops;
+  std::vector<Item> items;
+  double lower = -INF, upper = INF;  // the bracket
+  int64_t settled = 0, found = 0;    // below it, and in it
+
+  Job(GossamerSweep* layers, int64_t n_layers, int64_t need, int32_t threads, const Loops& loops)
+      : layers(layers), n_layers(n_layers), need(need), threads(threads), loops(loops) {
+    for (int64_t l = 0; l < n_layers; l++)
+      for (int64_t i = 0; i < layers[l].n; i += ITEM) {
+        items.emplace_back();
+        items.back().layer = int32_t(l);
+        items.back().start = i;
+        items.back().n = std::min(ITEM, layers[l].n - i);
+      }
+  }
+
+  void zero(const GossamerSweep& s, int64_t start, int64_t n) const {
+    for (int32_t t = 0; t < s.n_tensors; t++)
+      loops.zero[__builtin_ctz(unsigned(s.sizes[t]))](
+          s.keep + start, static_cast<char*>(s.tensors[t]) + start * s.sizes[t], n);
+  }
+
+  template <class F>
+  void each_item(F work) {
+    share(int64_t(items.size()), items.size() > 4 ? threads : 1, [&](int64_t i, int) { work(items[size_t(i)]); });
+  }
+
+  template <class F>
+  static void each_piece(const Item& item, F work) {
+    const int64_t end = item.start + item.n;
+    for (int64_t i = item.start; i < end; i += PIECE) work(i, std::min(PIECE, end - i));
+  }
+
+  void zero_all() {
+    each_item([&](Item& item) {
+      each_piece(item, [&](int64_t start, int64_t n) { zero(layers[item.layer], start, n); });
+    });
+  }
+
+  // Zeroes what is masked, and finds the kept scores from low (which is in) to high (which is not, unless infinite).
+  bool scan(double low, double high) {
+    std::vector<Bound> under, inside;
+    for (int64_t l = 0; l < n_layers; l++) {
+      under.push_back(before(layers[l].kind, low));
+      inside.push_back(high == INF ? up_to(layers[l].kind, INF) : before(layers[l].kind, high));
+    }
+    std::atomic<bool> is_short{false};
+    each_item([&](Item& item) {
+      const GossamerSweep& s = layers[item.layer];
+      const bool all = s.n_kept == s.n;
+      item.settled = 0;
+      item.places.clear();
+      item.keys.clear();
+      uint16_t here[PIECE + SLACK];
+      try {  // no exception may leave a thread of the pool
+        each_piece(item, [&](int64_t start, int64_t n) {
+          if (!all) zero(s, start, n);
+          const char* scores = static_cast<const char*>(s.scores) + start * SIZE[s.kind];
+          const int64_t found = loops.scan[LOOP[s.kind]](
+              scores, all ? nullptr : s.keep + start, n, under[size_t(item.layer)], inside[size_t(item.layer)], here,
+              &item.settled);
+          const size_t before = item.places.size();
+          item.places.resize(before + size_t(found));
+          item.keys.resize(before + size_t(found));
+          uint32_t* places = item.places.data() + before;
+          int64_t* keys = item.keys.data() + before;
+          with_scores(s, [&](auto read) {  // while they are in the cache
+            for (int64_t k = 0; k < found; k++) {
+              places[k] = uint32_t(start - item.start) + here[k];
+              keys[k] = key_of(read(start + here[k]));
+            }
+          });
+        });
+      } catch (const std::bad_alloc&) {
+        is_short = true;
+      }
+    });
+    if (is_short) throw std::bad_alloc();
+    lower = low, upper = high;
+    settled = found = 0;
+    for (const Item& item : items) settled += item.settled, found += int64_t(item.keys.size());
+    return settled <= need && need <= settled + found;
+  }
+
+  // As in rules/selection.py: a bracket that the threshold is in, by the hint, or where it probably, almost surely, surely
+  // is. Whether there is one.
+  bool find(double hint) {
+    if (hint == hint && scan(-INF, hint)) return true;
+    int64_t total = 0, n_kept = 0;
+    for (int64_t l = 0; l < n_layers; l++) total += layers[l].n, n_kept += layers[l].n_kept;
+    if (total > SMALL) {
+      const std::vector<int64_t> keys = sample(total);
+      const double n = double(keys.size()), q = double(need) / double(std::max<int64_t>(1, n_kept));
+      if (keys.empty()) return scan(-INF, INF);
+      auto each = [&](auto&& use) {
+        for (int64_t key : keys) use(key);
+      };
+      const auto [least, most] = std::minmax_element(keys.begin(), keys.end());
+      for (int sigmas : {3, 16}) {
+        const double away = sigmas * std::sqrt(n * q * (1 - q)) + 8;
+        const int64_t first = std::llround(q * n - away), last = std::llround(q * n + away);
+        const double low = first >= 0 ? from_key(smallest(each, *least, *most, first)) : -INF;
+        const double high = last < int64_t(keys.size()) ? from_key(smallest(each, *least, *most, last)) : INF;
+        if (scan(low, high)) return true;
+      }
+    }
+    return scan(-INF, INF);
+  }
+
+  // Kept scores that are numbers, some n^(2/3) of them; the odd stride that 3 does not divide meets every kernel tap.
+  std::vector<int64_t> sample(int64_t total) const {
+    int64_t stride = int64_t(double(total) / std::max(double(SAMPLE), std::cbrt(double(total) * double(total)))) | 1;
+    if (stride % 3 == 0) stride += 2;
+    std::vector<int64_t> keys;
+    keys.reserve(size_t(total / stride + n_layers));
+    for (int64_t l = 0; l < n_layers; l++) {
+      const GossamerSweep& s = layers[l];
+      const bool all = s.n_kept == s.n;
+      with_scores(s, [&](auto read) {
+        for (int64_t i = 0; i < s.n; i += stride) {
+          const double score = read(i);
+          if ((all || s.keep[i]) && score == score) keys.push_back(key_of(score));
+        }
+      });
+    }
+    return keys;
+  }
+
+  // The highest score that goes, of those that were found; the bracket's lower end where none of them does.
+  double threshold() const {
+    if (need == settled) return lower;
+    auto each = [&](auto&& use) {
+      for (const Item& item : items)
+        for (int64_t key : item.keys) use(key);
+    };
+    return from_key(smallest(each, key_of(lower), key_of(upper), need - settled - 1));
+  }
+
+  // Masks what is below the threshold, and ties up to the last position that is needed, and zeroes. Not where a layer
+  // would keep less than it must.
+  bool cut(double threshold) {
+    const int64_t bound = key_of(threshold);
+    for (int64_t l = 0; l < n_layers; l++) layers[l].n_masked = 0;
+    int64_t ties = need;
+    for (Item& item : items) {
+      int64_t below = item.settled;
+      for (int64_t key : item.keys) below += key < bound;
+      layers[item.layer].n_masked += below;
+      ties -= below;
+    }
+    std::vector<int64_t> last(size_t(n_layers), -1);  // the last tie that goes
+    for (size_t i = 0; ties && i < items.size(); i++)
+      for (size_t k = 0; ties && k < items[i].keys.size(); k++)
+        if (items[i].keys[k] == bound) {
+          ties--;
+          last[size_t(items[i].layer)] = items[i].start + items[i].places[k];
+          layers[items[i].layer].n_masked++;
+        }
+    for (int64_t l = 0; l < n_layers; l++)
+      if (layers[l].n_kept - layers[l].n_masked < layers[l].least) return false;
+    if (!settled) {
+      each_item([&](Item& item) {
+        const GossamerSweep& s = layers[item.layer];
+        for (size_t k = 0; k < item.keys.size(); k++) {
+          const int64_t i = item.start + item.places[k];
+          if (item.keys[k] > bound || (item.keys[k] == bound && i > last[size_t(item.layer)])) continue;
+          s.keep[i] = 0;
+          for (int32_t t = 0; t < s.n_tensors; t++)
+            std::memset(static_cast<char*>(s.tensors[t]) + i * s.sizes[t], 0, size_t(s.sizes[t]));
+        }
+      });
+      return true;
+    }
+    std::vector<Bound> at, under;
+    for (int64_t l = 0; l < n_layers; l++) {
+      at.push_back(up_to(layers[l].kind, threshold));
+      under.push_back(before(layers[l].kind, threshold));
+    }
+    each_item([&](Item& item) {
+      const GossamerSweep& s = layers[item.layer];
+      if (!s.n_masked) return;
+      const int64_t end = last[size_t(item.layer)] + 1;
+      const auto loop = loops.cut[LOOP[s.kind]];
+      each_piece(item, [&](int64_t start, int64_t n) {
+        const int64_t with = std::max<int64_t>(0, std::min(n, end - start));
+        const char* scores = static_cast<const char*>(s.scores) + start * SIZE[s.kind];
+        loop(scores, s.keep + start, with, at[size_t(item.layer)]);
+        loop(scores + with * SIZE[s.kind], s.keep + start + with, n - with, under[size_t(item.layer)]);
+        zero(s, start, n);
+      });
+    });
+    return true;
+  }
+};
+
+}  // namespace
+}  // namespace gossamer
+
+using namespace gossamer;
+
+GOSSAMER_API int32_t gossamer_zero(const GossamerSweep* s, int32_t threads, int32_t isa) {
+  const Loops* loops = supported(isa);
+  if (!loops || !fits(*s)) return 1;
+  try {
+    GossamerSweep layer = *s;
+    Job(&layer, 1, 0, threads, *loops).zero_all();
+  } catch (const std::bad_alloc&) {
+    return 2;
+  }
+  return 0;
+}
+
+GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa) {
+  const Loops* loops = supported(isa);
+  int64_t total = 0, most = 0;
+  for (int64_t g = 0; g < n_groups; g++) {
+    GossamerGroup& group = groups[g];
+    group.failed = loops && group.need > 0 ? 0 : 1;
+    int64_t n = 0;
+    for (int64_t l = 0; l < group.n_layers; l++) {
+      const GossamerSweep& s = group.layers[l];
+      if (!fits(s) || (s.n && !s.scores)) group.failed = 1;
+      n += s.n;
+    }
+    total += n, most = std::max(most, n);
+  }
+  std::vector<std::unique_ptr<Job>> jobs;
+  auto find = [&](int64_t g, int32_t with) {
+    GossamerGroup& group = groups[g];
+    if (group.failed) return;
+    try {
+      jobs[size_t(g)] = std::make_unique<Job>(group.layers, group.n_layers, group.need, with, *loops);
+      if (!jobs[size_t(g)]->find(group.hint)) group.failed = 3;
+    } catch (const std::bad_alloc&) {
+      group.failed = 2;
+    }
+  };
+  auto cut = [&](int64_t g) {
+    GossamerGroup& group = groups[g];
+    if (group.failed) return;
+    try {
+      Job& job = *jobs[size_t(g)];
+      const double threshold = job.threshold();
+      if (!job.cut(threshold)) {
+        group.failed = 4;
+        return;
+      }
+      group.threshold = group.need > job.settled ? threshold : NONE;
+      group.upper = job.upper;
+      group.left = job.settled + job.found - group.need;
+    } catch (const std::bad_alloc&) {
+      group.failed = 2;
+    }
+  };
+  // A thread a group, which leaves nothing that others wait for; or all threads in each, where one group is too large.
+  if (total < 4 * ITEM) threads = 1;
+  const bool apart = most * threads <= total;
+  try {
+    jobs.resize(size_t(n_groups));
+  } catch (const std::bad_alloc&) {
+    for (int64_t g = 0; g < n_groups; g++) groups[g].failed = 2;
+    return;
+  }
+  if (apart) share(n_groups, threads, [&](int64_t g, int) { find(g, 1); });
+  else for (int64_t g = 0; g < n_groups; g++) find(g, threads);
+  // All of them or none, where a score is no number: what is wrong is to be said before anything has changed.
+  const bool is_wrong = std::any_of(groups, groups + n_groups, [](const GossamerGroup& group) { return group.failed == 3; });
+  if (is_wrong)
+    for (int64_t g = 0; g < n_groups; g++) groups[g].failed = std::max(groups[g].failed, 3);
+  if (apart) share(n_groups, threads, [&](int64_t g, int) { cut(g); });
+  else for (int64_t g = 0; g < n_groups; g++) cut(g);
+}

@@ -1,0 +1,71 @@
+"""Which layers run sparse: by what both ways should take, and by a trial where one is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer import Sparsifier, runtime
+from gossamer.native import native
+from gossamer.runtime import choice
+from gossamer.runtime.choice import runs_sparse
+from gossamer.runtime.layers import Geometry, Layer
+
+pytestmark = pytest.mark.skipif(native() is None, reason="the compiled library was not built")
+
+
+def network(sparsity: float) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1)).eval()
+    if sparsity:
+        Sparsifier(net).sparsify_model(sparsity)
+    return net
+
+
+def kinds(fast: runtime.CompiledModel) -> list[str]:
+    return [row.runs for row in fast.explain() if row.op.startswith(("conv2d", "linear"))]
+
+
+@pytest.mark.parametrize(("sparsity", "wants"), [(0, ["dense"] * 2), (15, ["dense"] * 2), (95, ["sparse"] * 2)])
+def test_a_layer_runs_sparse_where_that_should_take_less(sparsity: float, wants: list[str]) -> None:
+    assert kinds(runtime.compile(network(sparsity), torch.randn(1, 64, 28, 28))) == wants
+
+
+def test_the_more_is_zero_the_less_is_expected_to_take() -> None:
+    expected = []
+    for sparsity in (50, 80, 95):
+        fast = runtime.compile(network(sparsity), torch.randn(1, 64, 28, 28))
+        expected.append([m.expected for m in fast.reference().modules() if isinstance(m, Layer)])
+    for layer in zip(*expected, strict=True):
+        assert sorted(layer, reverse=True) == list(layer)
+
+
+@pytest.mark.parametrize(
+    ("measured", "sparsity", "wants"), [(0.5, 50, "sparse"), (3.0, 95, "dense"), (0.95, 15, "dense")]
+)
+def test_a_trial_overrules_only_what_it_is_sure_of(
+    measured: float, sparsity: float, wants: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_tried", lambda *_: measured)
+    fast = runtime.compile(network(sparsity), torch.randn(1, 64, 28, 28), tune=True)
+    assert set(kinds(fast)) == {wants}
+    if sparsity > 20:
+        assert all(f"{measured:.2f} of the dense time measured" in row.why for row in fast.explain() if row.sparsity)
+
+
+def test_a_real_trial_gives_what_the_network_gives_and_is_kept_in_the_file(tmp_path) -> None:
+    net, x = network(90), torch.randn(2, 64, 14, 14)
+    fast = runtime.compile(net, x, tune=True)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    again = runtime.load(fast.save(tmp_path / "net.gossamer"))
+    assert kinds(again) == kinds(fast)
+    assert [r.why for r in again.explain()] == [r.why for r in fast.explain()]
+
+
+def test_without_inputs_the_share_of_zeros_decides() -> None:
+    weight = torch.randn(8, 32, 3, 3)
+    assert not runs_sparse(Layer(weight, None, Geometry()))
+    assert runs_sparse(Layer(weight.where(torch.rand_like(weight) > 0.6, torch.tensor(0.0)), None, Geometry()))
+    assert runs_sparse(Layer(torch.randn(8, 1, 3, 3), None, Geometry(groups=8)))

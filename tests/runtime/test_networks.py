@@ -1,0 +1,63 @@
+"""Whole networks, compiled, give what they gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from real_networks import MODELS, error, made
+from torch import nn
+from torch.fx import GraphModule
+from twins import needs_library
+
+from gossamer import Sparsifier, runtime
+from gossamer.runtime import capture
+from gossamer.runtime.segment import Segment
+
+pytestmark = [needs_library, pytest.mark.filterwarnings("ignore")]  # torch.export's own
+
+
+class Once:
+    """torch.export, whose work for one network serves every sparsity of it: its programs hold the network's weights."""
+
+    def __init__(self) -> None:
+        self.made: Any = None
+        self.real = capture.export
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.made is None:
+            self.made = self.real(*args, **kwargs).run_decompositions({})
+        return self
+
+    def run_decompositions(self, _: Any) -> Any:
+        return self.made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_networks_give_what_they_gave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "export", Once())
+    model, example = made(name), MODELS[name][1]()
+    convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    with torch.no_grad():
+        if name == "fastai_unet":  # which learns its shapes from its first batch
+            model(torch.cat([example, example]))
+        for sparsity in (0, 50, 90, 99, 100):
+            if sparsity:
+                Sparsifier(model, layer_type=(nn.Conv1d, nn.Conv2d, nn.Linear)).sparsify_model(sparsity)
+            before = {n: t.clone() for n, t in model.state_dict().items()}
+            fast = runtime.compile(model, example)
+            batches = [example, torch.cat([example] * 3)] if sparsity == 90 else [example]
+            for x in batches:
+                assert error(fast(x), model(x)) < 1e-5, f"at {sparsity} %"
+            assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+            rows = fast.explain()
+            assert not any("batch_norm" in row.op for row in rows)
+            if isinstance(fast.graph, GraphModule):  # fastai's U-Net has hooks, and runs layer by layer
+                assert sum(row.op.startswith("conv2d") for row in rows) == convs
+            is_sparse = any(row.runs == "sparse" for row in rows)
+            if sparsity != 50:  # where it is faster so
+                assert is_sparse == (sparsity > 50), f"at {sparsity} %"
+            if sparsity > 50:
+                segments = [m for m in fast.modules() if isinstance(m, Segment)]
+                assert any(way is not None for s in segments for way in s._kept.values())
