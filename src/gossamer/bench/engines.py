@@ -115,14 +115,14 @@ def _in_onnxruntime(job: Job, path: Path) -> Engine:
 
 def _openvino(job: Job) -> Engine:
     _need("openvino")
-    import openvino as ov
+    ov: Any = importlib.import_module("openvino")
 
     return _in_openvino(job, ov.Core().read_model(str(_onnx_file(job))), _size(_onnx_file(job)))
 
 
 def _openvino_int8(job: Job) -> Engine:
     _need("openvino")
-    import openvino as ov
+    ov: Any = importlib.import_module("openvino")
 
     if not is_installed("nncf"):
         return _in_openvino(job, ov.Core().read_model(str(_int8_file(job))), _size(_int8_file(job)))
@@ -136,7 +136,7 @@ def _openvino_int8(job: Job) -> Engine:
 
 
 def _in_openvino(job: Job, model: Any, nbytes: int) -> Engine:
-    import openvino as ov
+    ov: Any = importlib.import_module("openvino")
 
     settings = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(model, "CPU", settings)
