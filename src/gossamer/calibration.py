@@ -219,14 +219,7 @@ def gradients(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
         >>> gradients(data, find_targets(net, nn.Linear))
         {'': tensor([[2.]])}
     """
-    weights = [t.weight for t in targets]
-    sums, n = [torch.zeros_like(widen(w.detach())) for w in weights], 0
-    with undisturbed(calibration.model, evaluate=False), _wanting_gradients(weights):
-        for batch in calibration:
-            found = torch.autograd.grad(calibration.loss(batch), weights, allow_unused=True)
-            _add(sums, _dense(found, targets))
-            n += 1
-    return {t.name: _mean_over_ranks(s / n) for t, s in zip(targets, sums, strict=True)}
+    return _mean_gradients(calibration, targets, lambda batch: [batch], lambda g: g, evaluate=False)
 
 
 def squared_gradients(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
@@ -239,12 +232,24 @@ def squared_gradients(calibration: Calibration, targets: Sequence[Target]) -> Ga
     Raises:
         TargetError: a layer has no part in the loss.
     """
+    return _mean_gradients(calibration, targets, _samples, torch.square, evaluate=True)
+
+
+def _mean_gradients(
+    calibration: Calibration,
+    targets: Sequence[Target],
+    parts: Callable[[Any], Iterable[Any]],
+    of: Callable[[Tensor], Tensor],
+    *,
+    evaluate: bool,
+) -> Gathered:
+    """The mean of a function of the gradients, over the parts of all batches."""
     weights = [t.weight for t in targets]
     sums, n = [torch.zeros_like(widen(w.detach())) for w in weights], 0
-    with undisturbed(calibration.model, evaluate=True), _wanting_gradients(weights):
-        for sample in (one for batch in calibration for one in _samples(batch)):
-            found = torch.autograd.grad(calibration.loss(sample), weights, allow_unused=True)
-            _add(sums, [g.square() for g in _dense(found, targets)])
+    with undisturbed(calibration.model, evaluate=evaluate), _wanting_gradients(weights):
+        for part in (one for batch in calibration for one in parts(batch)):
+            found = torch.autograd.grad(calibration.loss(part), weights, allow_unused=True)
+            _add(sums, [of(g) for g in _dense(found, targets)])
             n += 1
     return {t.name: _mean_over_ranks(s / n) for t, s in zip(targets, sums, strict=True)}
 
