@@ -1,6 +1,7 @@
 // How a plan comes about: where a kernel's weights lie, which tile is best, and the weights in the order it takes them.
 #pragma once
 #include <climits>
+#include <memory>
 
 #include "plan.h"
 
@@ -24,6 +25,9 @@ struct Phases {
   int32_t y_first = INT_MAX, y_last = INT_MIN, x_first = INT_MAX, x_last = INT_MIN;
 };
 Phases phases_of(const Shape& s);
+// The plan's layer without those rows and columns of its kernel that meet padding alone, as most do on a pixel or two;
+// null where there are none. The plan knows its sizes already.
+std::unique_ptr<GossamerLayer> without_unmet(const GossamerPlan& p);
 
 struct Tile {
   const Kernels* kernels = nullptr;

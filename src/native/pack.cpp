@@ -14,6 +14,21 @@ struct Entry {
   float value;
 };
 
+// Where weights are met several at a time, the last of a part is made of as many halves and quarters as fill up the count.
+void even(Block& block, uint16_t& count, int32_t ways) {
+  const float value = block.weights.back(), quarter = value / 4;
+  if (count % ways == 0 || quarter * 4 != value) return;  // or not as exact
+  const uint16_t offset = block.offsets.back();
+  block.weights.pop_back();
+  const int32_t missing = ways - count % ways;
+  const float split[3][4] = {{value / 2, value / 2}, {value / 2, quarter, quarter}, {quarter, quarter, quarter, quarter}};
+  for (int32_t i = 0; i <= missing; i++) {
+    block.weights.push_back(split[missing - 1][i]);
+    if (i) block.offsets.push_back(offset);
+  }
+  count = uint16_t(count + missing);
+}
+
 }  // namespace
 
 void share_out(GossamerPlan& p, int32_t n_groups) {
@@ -80,10 +95,12 @@ void pack(GossamerPlan& p, const Phases& phases, int64_t block, int64_t plane_un
         auto& row = entries[b][i];
         std::stable_sort(row.begin(), row.end(), [](const Entry& x, const Entry& y) { return x.part < y.part; });
         std::vector<uint16_t> counts(p.n_shifts, 0);
-        for (const auto& e : row) {
+        for (size_t j = 0; j < row.size(); j++) {
+          const Entry& e = row[j];
           counts[e.part]++;
           out.weights.push_back(e.value);
           out.offsets.push_back(e.offset);
+          if (j + 1 == row.size() || row[j + 1].part != e.part) even(out, counts[e.part], ways_of(p.vectors()));
         }
         out.counts.insert(out.counts.end(), counts.begin(), counts.end());
         out.rows.push_back(uint32_t(i) | (first[i] == b ? FIRST : 0) | (last[i] == b ? LAST : 0));

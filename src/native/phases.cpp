@@ -13,7 +13,49 @@ Tap tap(int32_t k, int32_t stride, int32_t padding, int32_t dilation) {
   return {int32_t(at - offset * stride), int32_t(offset)};
 }
 
+// Of a kernel's rows (or columns): from the first to the last one that meets the input at all, and not its padding alone.
+std::array<int32_t, 2> met(int32_t kernel, int32_t stride, int32_t padding, int32_t dilation, int32_t size, int32_t out) {
+  int32_t first = kernel, last = -1;
+  for (int32_t k = 0; k < kernel; k++) {
+    for (int32_t o = 0; o < out; o++) {
+      const int64_t at = int64_t(o) * stride + int64_t(k) * dilation - padding;
+      if (at < 0 || at >= size) continue;
+      first = std::min(first, k);
+      last = k;
+      break;
+    }
+  }
+  if (last < 0) return {0, 0};
+  return {std::min(first, padding / dilation), last};  // so that no padding is negative
+}
+
 }  // namespace
+
+std::unique_ptr<GossamerLayer> without_unmet(const GossamerPlan& p) {
+  const GossamerLayer& layer = *p.layer;
+  const Shape& s = layer.s;
+  const auto [top, bottom] = met(s.kh, s.sy, s.py, s.dy, p.height, p.out_height);
+  const auto [left, right] = met(s.kw, s.sx, s.px, s.dx, p.width, p.out_width);
+  if (bottom - top + 1 == s.kh && right - left + 1 == s.kw) return nullptr;
+  auto less = std::make_unique<GossamerLayer>();
+  less->s = s;
+  less->s.kh = bottom - top + 1;
+  less->s.kw = right - left + 1;
+  less->s.py -= top * s.dy;
+  less->s.px -= left * s.dx;
+  less->bias = layer.bias;
+  less->starts.push_back(0);
+  for (int32_t o = 0; o < s.out; o++) {
+    for (int64_t j = layer.starts[o]; j < layer.starts[o + 1]; j++) {
+      const int32_t place = layer.places[j], x = place % s.kw - left, y = place / s.kw % s.kh - top;
+      if (x < 0 || x >= less->s.kw || y < 0 || y >= less->s.kh) continue;
+      less->values.push_back(layer.values[j]);
+      less->places.push_back((place / (s.kw * s.kh) * less->s.kh + y) * less->s.kw + x);
+    }
+    less->starts.push_back(int64_t(less->values.size()));
+  }
+  return less;
+}
 
 Phases phases_of(const Shape& s) {
   Phases p;

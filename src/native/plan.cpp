@@ -32,6 +32,18 @@ void adopt(GossamerPlan& p, const Tile& tile, const Phases& phases) {
   p.cost = tile.cost;
 }
 
+// The sizes, and whether there is any output.
+bool fits(GossamerPlan& p, const GossamerUse& use) {
+  const Shape& s = p.layer->s;
+  const int64_t down = use.height + 2 * int64_t(s.py) - int64_t(s.dy) * (s.kh - 1) - 1;
+  const int64_t across = use.width + 2 * int64_t(s.px) - int64_t(s.dx) * (s.kw - 1) - 1;
+  p.height = use.height;
+  p.width = use.width;
+  p.out_height = int32_t(down / s.sy + 1);
+  p.out_width = int32_t(across / s.sx + 1);
+  return down >= 0 && across >= 0;
+}
+
 // Each channel by itself: its plane is copied, padded and taken apart by phases, and each weight meets all of it.
 void plan_planes(GossamerPlan& p, const Phases& phases) {
   const int32_t lanes = p.kernels->lanes, kw = p.layer->s.kw;
@@ -96,34 +108,32 @@ GossamerLayer* gossamer_layer_new(const float* weight, const float* bias, const 
 void gossamer_layer_free(GossamerLayer* layer) { delete layer; }
 
 GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* use, const char** why) try {
-  const Shape& s = layer->s;
   auto p = std::make_unique<GossamerPlan>();
   *why = nullptr;
   p->layer = layer;
   p->images = use->images;
-  int64_t height = use->height, width = use->width;
   const Machine& m = machine();
   if (use->isa >= int32_t(m.kernels.size())) {
     *why = "no such instruction set here";
     return nullptr;
   }
   p->kernels = m.kernels[use->isa < 0 ? 0 : use->isa];
-  const bool pointwise = s.kh == 1 && s.kw == 1 && s.sy == 1 && s.sx == 1 && !s.py && !s.px;
-  if (pointwise && height * width < INT_MAX) {  // one row of pixels, with no seams in it
-    width *= height;
-    height = 1;
-  }
-  p->height = int32_t(height);
-  p->width = int32_t(width);
-  p->out_height = int32_t((height + 2 * s.py - s.dy * (s.kh - 1) - 1) / s.sy + 1);
-  p->out_width = int32_t((width + 2 * s.px - s.dx * (s.kw - 1) - 1) / s.sx + 1);
-  if (height + 2 * s.py < s.dy * (s.kh - 1) + 1 || width + 2 * s.px < s.dx * (s.kw - 1) + 1) {
+  if (!fits(*p, *use)) {
     *why = "the kernel is larger than the padded input";
     return nullptr;
   }
-  if (pointwise && s.groups == 1 && height * width * p->images < FEW) {
+  if ((p->less = without_unmet(*p))) p->layer = p->less.get();
+  const Shape& s = p->layer->s;
+  const bool one_pixel = p->height == 1 && p->width == 1 && p->out_height == 1 && p->out_width == 1;
+  const bool pointwise = s.kh == 1 && s.kw == 1 && !s.py && !s.px && (one_pixel || (s.sy == 1 && s.sx == 1));
+  const int64_t pixels = int64_t(p->height) * p->width * p->images;
+  if (pointwise && pixels / p->images < INT_MAX) {  // one row of pixels, with no seams in it
+    p->width = p->out_width = p->height * p->width;
+    p->height = p->out_height = 1;
+  }
+  if (pointwise && s.groups == 1 && pixels < FEW) {
     p->way = Way::TOKENS;
-    p->cost = double(layer->values.size()) * double(p->images * width);
+    p->cost = double(pixels) * (1.9 * double(p->layer->values.size()) + 50.0 * s.out);
     return p.release();
   }
   const Phases phases = phases_of(s);
@@ -156,8 +166,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
   p->n_shifts = int32_t(std::unique(columns.begin(), columns.end()) - columns.begin());
 
   const bool together = p->images == 1 || use->direct & 2;  // images follow each other in a, and in out
-  if (pointwise && use->direct & 1 && together && height * width * p->images < INT_MAX) {
-    const int64_t pixels = width * p->images;
+  if (pointwise && use->direct & 1 && together && pixels < INT_MAX) {
     const Tile tile = choose_in_place(*p, pixels, use->isa, use->threads);
     adopt(*p, tile, phases);
     p->way = Way::IN_PLACE;

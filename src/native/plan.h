@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "float32/kernels.h"
@@ -44,6 +45,7 @@ enum class Way { TILES, IN_PLACE, DEPTHWISE, TOKENS };
 
 struct GossamerPlan {
   const GossamerLayer* layer;
+  std::unique_ptr<GossamerLayer> less;  // where that is a part of the one that the plan was asked for
   const gossamer::Kernels* kernels;
   gossamer::Way way;
   int64_t images;

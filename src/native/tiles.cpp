@@ -13,9 +13,10 @@ struct Costs {
   double multiply;  // of a vector of these lanes
   explicit Costs(double of) : multiply(of) {}
   // Of a weight: its broadcast and its offset, and no less than a part of the sums' latency.
-  double weight(int32_t t) const { return std::max(5.5, t * multiply + 1.0); }
+  double weight(int32_t t) const { return std::max(waiting(t), t * multiply + 1.0); }
   // The same where what it meets comes from the second-level cache.
-  double far_weight(int32_t t) const { return std::max(5.5, 2.2 * t * multiply + 1.0); }
+  double far_weight(int32_t t) const { return std::max(waiting(t), 2.2 * t * multiply + 1.0); }
+  static double waiting(int32_t t) { return 5.5 / ways_of(t); }
   // Of a row of a block: the loop's end is guessed wrong, and the sums are shifted from part to part.
   double row(int32_t t, int32_t shifts) const { return 6.0 + shifts * 8.0 + (shifts - 1) * 2.0 * t * multiply; }
   // Of sums that are kept from one block to the next, in the second-level cache.
@@ -141,14 +142,14 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t
 using namespace gossamer;
 
 // Dense kernels make 0.85 of the multiplications that there could be, fewer on few pixels, and move what they read into a
-// layout of their own; a few tokens take as long as it takes to read the weights.
+// layout of their own; on a few pixels or tokens they take as long as it takes to read the weights.
 double gossamer_dense_cost(const GossamerLayer* layer, const GossamerUse* use) {
   const Shape& s = layer->s;
   const double lanes = machine().kernels[0]->lanes / machine().costs[0];
   const double height = std::max(0, (use->height + 2 * s.py - s.dy * (s.kh - 1) - 1) / s.sy + 1);
   const double width = std::max(0, (use->width + 2 * s.px - s.dx * (s.kw - 1) - 1) / s.sx + 1);
   const double pixels = height * width * double(use->images), weights = double(s.out) * s.in * s.kh * s.kw;
-  const double efficiency = 0.85 * pixels / (pixels + 24) * std::min(1.0, s.in * s.kh * s.kw / 32.0);
+  const double few = s.kh * s.kw == 1 ? 6 : 12, efficiency = 0.85 * std::min(1.0, s.in * s.kh * s.kw / 32.0);
   const double inputs = double(use->images) * s.in * s.groups * use->height * use->width;
-  return std::max(weights * pixels / efficiency, 4 * weights) / lanes + 3 * (inputs + pixels * s.out) / lanes;
+  return weights * (pixels + few) / efficiency / lanes + 3 * (inputs + pixels * s.out) / lanes;
 }

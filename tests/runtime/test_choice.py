@@ -32,6 +32,26 @@ def test_a_layer_runs_sparse_where_that_should_take_less(sparsity: float, wants:
     assert kinds(runtime.compile(network(sparsity), torch.randn(1, 64, 28, 28))) == wants
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "pixels", "sparsity", "is_sparse"),
+    [
+        ((512, 512), 3, 1, 50, True),  # most of the kernel meets padding
+        ((512, 512), 3, 2, 50, False),
+        ((512, 512), 3, 2, 90, True),
+        ((256, 256), 3, 4, 50, False),
+        ((256, 256), 3, 4, 90, True),
+        ((1000, 512), 0, 1, 80, False),  # a head, which dense takes as long as its weights take to be read
+        ((1000, 512), 0, 1, 95, True),
+    ],
+)
+def test_few_pixels(shape: tuple[int, int], kernel: int, pixels: int, sparsity: float, is_sparse: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(shape[1], shape[0], kernel, padding=kernel // 2) if kernel else nn.Linear(shape[1], shape[0])
+    Sparsifier(layer, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model(sparsity)
+    x = torch.randn(1, shape[1], pixels, pixels) if kernel else torch.randn(1, shape[1])
+    assert kinds(runtime.compile(nn.Sequential(layer).eval(), x)) == ["sparse" if is_sparse else "dense"]
+
+
 def test_the_more_is_zero_the_less_is_expected_to_take() -> None:
     expected = []
     for sparsity in (50, 80, 95):

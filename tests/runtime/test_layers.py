@@ -75,6 +75,65 @@ def test_any_convolution_is_that_of_pytorch(isa: int, case: tuple[Layer, Tensor]
     with_residual(layer, x, isa)
 
 
+@st.composite
+def convolutions_of_a_few_pixels(draw: Any) -> tuple[Layer, Tensor]:
+    """Where much of a kernel meets nothing but padding."""
+    groups = draw(st.sampled_from([1, 1, 2, 6]))
+    channels, out = groups * draw(st.sampled_from([1, 5, 30])), groups * draw(st.integers(1, 9))
+    kernel = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    stride, dilation = draw(st.tuples(*[st.integers(1, 3)] * 2)), draw(st.tuples(*[st.integers(1, 4)] * 2))
+    padding = draw(st.tuples(st.integers(0, 12), st.integers(0, 12)))
+    size = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    assume(all(n + 2 * p > d * (k - 1) for n, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    weight = sparse((out, channels // groups, *kernel), draw(st.sampled_from([0, 0.5, 0.9])), out)
+    layer = Layer(weight, torch.randn(out), Geometry(stride, padding, dilation, groups))
+    return layer, torch.randn(draw(st.sampled_from([1, 2, 9])), channels, *size)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60)
+@given(case=convolutions_of_a_few_pixels(), n=THREADS)
+def test_any_convolution_of_a_few_pixels_is_that_of_pytorch(isa: int, case: tuple[Layer, Tensor], n: int) -> None:
+    torch.set_num_threads(n)
+    with_residual(*case, isa)
+
+
+@needs_library
+def test_weights_that_meet_padding_alone_are_left_out() -> None:
+    weight = sparse((64, 64, 3, 3), 0.5)
+    whole = Layer(weight, None, Geometry(padding=(1, 1)))
+    middle = Layer(weight[:, :, 1:2, 1:2].contiguous(), None, Geometry())
+    for images in (1, 20):
+        pixel = Signature((images, 64, 1, 1))
+        assert whole.cost(pixel, 1) == middle.cost(pixel, 1)
+        row = Signature((images, 64, 1, 9))
+        assert whole.cost(row, 1) == Layer(weight[:, :, 1:2], None, Geometry(padding=(0, 1))).cost(row, 1)
+    assert whole.cost(Signature((1, 64, 2, 2)), 1) > 2 * middle.cost(Signature((1, 64, 2, 2)), 1)
+    # All of them: what is left is the bias.
+    nothing = Layer(torch.randn(5, 3, 2, 2), torch.randn(5), Geometry(padding=(2, 2), dilation=(4, 4)))
+    x = torch.randn(1, 3, 1, 1)
+    assert torch.equal(chain(nothing)(x), nothing(x))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("pixels", [1, 2, 3])
+def test_numbers_of_weights_that_are_met_together(pixels: int, isa: int) -> None:
+    """Several at a time, the last of which is split to fill up the count, but where that would not be exact."""
+    for n in range(1, 14):
+        weight = torch.zeros(3, 40, 1, 3)
+        weight[0, :n, 0, 0], weight[0, 20 : 20 + n, 0, 2] = torch.randn(n), torch.randn(n)
+        weight[1, n, 0, 1] = 2.0**-148  # a quarter of which is none
+        weight[2, n, 0, 1] = torch.inf
+        layer = Layer(weight, None, Geometry(padding=(0, 1)))
+        x = torch.rand(1, 40, 1, 16 * pixels - 2) + 0.5
+        got, want = chain(layer, isa=isa)(x), layer(x)
+        assert error(got[:, 0], want[:, 0]) < 1e-6
+        assert torch.equal(got[0, 1] > 0, want[0, 1] > 0)
+        assert got[0, 2].isposinf().all()
+
+
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=30)

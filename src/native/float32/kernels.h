@@ -41,6 +41,9 @@ struct Rows {
   Writer write;
 };
 
+// Weights that are met at a time, each by sums of its own: few sums would wait for one another.
+constexpr int32_t ways_of(int32_t vectors) { return vectors <= 2 ? 4 : vectors == 3 ? 2 : 1; }
+
 constexpr uint32_t FIRST = 1u << 31, LAST = 1u << 30;  // of the blocks that a channel has weights in
 
 // How the planes of a block come out of the input.

@@ -65,8 +65,18 @@ INLINE void write_sums(const Writer& w, int32_t channel, V (&sum)[T]) {
   for (int t = 0; t < T; t++) to[t] = sum[t];
 }
 
+// One weight, and the vectors of its plane.
+template <int T>
+INLINE void meet(V (&sum)[T], const char* at, float weight) {
+  const V* x = reinterpret_cast<const V*>(at);
+  const V w = all(weight);
+#pragma GCC unroll 32
+  for (int t = 0; t < T; t++) sum[t] += w * x[t];
+}
+
 template <int T>
 void rows_of(const Rows& a) {
+  constexpr int W = ways_of(T);
   const float* weights = a.weights;
   const uint16_t *offsets = a.offsets, *counts = a.counts;
   const uint64_t unit = uint64_t(a.unit) * sizeof(float);
@@ -95,12 +105,24 @@ void rows_of(const Rows& a) {
         sum[0] = shifted(V{}, sum[0]);
       }
       const int32_t n = counts[part];
-      for (int32_t i = 0; i < n; i++) {
-        const V* x = reinterpret_cast<const V*>(x0 + offsets[i] * unit);
-        const V weight = all(weights[i]);
+      int32_t i = 0;
+      if constexpr (W > 1) {
+        V more[W - 1][T];
+#pragma GCC unroll 4
+        for (int w = 0; w < W - 1; w++)
 #pragma GCC unroll 32
-        for (int t = 0; t < T; t++) sum[t] += weight * x[t];
+          for (int t = 0; t < T; t++) more[w][t] = V{};
+        for (; i + W <= n; i += W) {
+          meet<T>(sum, x0 + offsets[i] * unit, weights[i]);
+#pragma GCC unroll 4
+          for (int w = 1; w < W; w++) meet<T>(more[w - 1], x0 + offsets[i + w] * unit, weights[i + w]);
+        }
+#pragma GCC unroll 4
+        for (int w = 0; w < W - 1; w++)
+#pragma GCC unroll 32
+          for (int t = 0; t < T; t++) sum[t] += more[w][t];
       }
+      for (; i < n; i++) meet<T>(sum, x0 + offsets[i] * unit, weights[i]);
       weights += n;
       offsets += n;
     }
