@@ -89,3 +89,31 @@ def test_without_inputs_the_share_of_zeros_decides() -> None:
     assert not runs_sparse(Layer(weight, None, Geometry()))
     assert runs_sparse(Layer(weight.where(torch.rand_like(weight) > 0.6, torch.tensor(0.0)), None, Geometry()))
     assert runs_sparse(Layer(torch.randn(8, 1, 3, 3), None, Geometry(groups=8)))
+
+
+def halves(*, tune: bool = False) -> tuple[nn.Module, runtime.CompiledModel]:
+    """Compiled for images for which it is faster sparse."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1)).eval()
+    Sparsifier(net).sparsify_model(50)
+    return net, runtime.compile(net, torch.randn(1, 8, 28, 28), tune=tune)
+
+
+def test_inputs_of_another_size_go_to_pytorch_where_that_should_be_faster() -> None:
+    net, fast = halves()
+    assert kinds(fast) == ["sparse"] * 2
+    for size, runs in ((28, "sparse"), (4, "dense"), (60, "sparse")):
+        x = torch.randn(1, 8, size, size)
+        rows = [row for row in fast.explain(x) if row.op.startswith("conv2d")]
+        assert [row.runs for row in rows] == [runs] * 2
+        assert 80 < sum(row.share or 0 for row in fast.explain(x)) < 100.01
+        with torch.no_grad():
+            assert torch.allclose(fast(x), net(x), rtol=1e-4, atol=1e-5)
+            assert torch.equal(fast(x), net(x)) == (runs == "dense")
+
+
+def test_what_a_trial_found_holds_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_tried", lambda *_: 0.5)
+    _, fast = halves(tune=True)
+    rows = fast.explain(torch.randn(1, 8, 4, 4))
+    assert [row.runs for row in rows if row.op.startswith("conv2d")] == ["sparse"] * 2

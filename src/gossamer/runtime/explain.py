@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,14 +44,18 @@ def rows_of(graph: nn.Module, args: tuple[Any, ...]) -> list[PlanRow]:
     """One row a layer or operator, in order; with shares of the time where there are inputs."""
     if not isinstance(graph, GraphModule):
         return [_row(n, s.operator, None) for n, s in graph.named_modules() if isinstance(s, Segment)]
-    shares = _shares(graph, args) if args else {}
+    shares, declined = _shares(graph, args) if args else ({}, set[str]())
     rows: list[PlanRow] = []
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Segment):
+            is_declined = node.name in declined
             for name, operator in module.operators():
-                rows.append(_row(name, operator, shares.get(name, 0.0) if args else None))
-            if args:
+                row = _row(name, operator, shares.get(name, 0.0) if args and not is_declined else None)
+                rows.append(_declined(row) if is_declined else row)
+            if is_declined:
+                rows.append(PlanRow(node.name, "all of these", "torch", "by PyTorch", None, shares[node.name]))
+            elif args:
                 around = sum(shares.get(n, 0.0) for n in (node.name, *module.copies()))
                 rows.append(PlanRow(node.name, "copies, and the call", "compiled", "between layouts", None, around))
         elif isinstance(module, Layer):
@@ -95,12 +99,18 @@ def _row(name: str, module: nn.Module, share: float | None) -> PlanRow:
     return PlanRow(name, kind, runs, why, module.sparsity, share)
 
 
+def _declined(row: PlanRow) -> PlanRow:
+    why = "for inputs like these: faster so, or no kernel" if row.sparsity is not None else row.why
+    return replace(row, runs="dense" if row.sparsity is not None else "torch", why=why)
+
+
 class _Timer(Interpreter):
     """Runs a graph node by node, and takes the time of each."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
         self.seconds: dict[str, float] = {}
+        self.declined: set[str] = set()
 
     def run_node(self, n: Node) -> Any:
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
@@ -108,6 +118,8 @@ class _Timer(Interpreter):
         if isinstance(module, Segment):
             args, _ = self.fetch_args_kwargs_from_env(n)
             result, steps = module.timed(*args)
+            if not steps:
+                self.declined.add(n.name)
         else:
             result, steps = super().run_node(n), []
         took = time.perf_counter() - began
@@ -120,11 +132,12 @@ class _Timer(Interpreter):
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
-def _shares(graph: GraphModule, args: tuple[Any, ...]) -> dict[str, float]:
+def _shares(graph: GraphModule, args: tuple[Any, ...]) -> tuple[dict[str, float], set[str]]:
+    """Percent of the time by name; and the segments that PyTorch ran."""
     timer = _Timer(graph)
     with torch.no_grad():
         graph(*args)
         for _ in range(_ROUNDS):
             timer.run(*args)
     total = sum(timer.seconds.values())
-    return {name: 100 * seconds / total for name, seconds in timer.seconds.items()}
+    return {name: 100 * seconds / total for name, seconds in timer.seconds.items()}, timer.declined

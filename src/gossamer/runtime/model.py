@@ -311,4 +311,4 @@ def _layer_of(module: nn.Module) -> nn.Module | None:
         layer = Layer(module.weight, module.bias, geometry)
     else:
         return None
-    return Segment.of(layer) if runs_sparse(layer) else None
+    return Segment.of(layer, declines=True) if runs_sparse(layer) else None

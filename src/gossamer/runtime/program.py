@@ -226,6 +226,22 @@ def estimate(
     return costs
 
 
+def layer_costs(graph: GraphModule, inputs: Sequence[Signature], isa: int = -1) -> tuple[float, float]:
+    """What a graph's layers are expected to take with one thread: in the engine, and dense in PyTorch.
+
+    Raises:
+        DoesNotFitError: some operator has no kernel for these shapes.
+    """
+    sparse = dense = 0.0
+    for step in _lower(graph, inputs)[0]:
+        if isinstance(step.module, Layer):
+            cost = step.module.cost(step.a.value, 1, step.direct, isa)
+            if cost is None:
+                raise DoesNotFitError(step.name)
+            sparse, dense = sparse + cost, dense + step.module.dense_cost(step.a.value)
+    return sparse, dense
+
+
 _AWAY = 24.0
 """What a line costs that comes from beyond the second-level cache, or goes there: as fitted on an Emerald Rapids."""
 

@@ -16,7 +16,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 from gossamer.native import native
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool, Mean, Scale
-from gossamer.runtime.program import DoesNotFitError, output_of, returns_of
+from gossamer.runtime.program import DoesNotFitError, layer_costs, output_of, returns_of
 from gossamer.runtime.stages import Stage, make_stages, run_stages
 from gossamer.runtime.values import Signature
 
@@ -32,6 +32,7 @@ class Segment(nn.Module):
 
     Args:
         graph: each of its nodes one of `OPERATORS`.
+        declines: whether PyTorch runs it where the inputs are of shapes for which its layers should be faster dense.
 
     Example:
         >>> segment = Segment.of(Layer(torch.eye(3), None, None, "relu"))
@@ -39,9 +40,9 @@ class Segment(nn.Module):
         tensor([[0., 0., 2.]])
     """
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, *, declines: bool = False) -> None:
         super().__init__()
-        self.graph = graph
+        self.graph, self.declines = graph, declines
         self._tokens = _tokens(graph)
         self._order = _order(graph)
         self._isa = -1  # the best that there is
@@ -49,12 +50,12 @@ class Segment(nn.Module):
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, operator: nn.Module, n_inputs: int = 1) -> Segment:
+    def of(cls, operator: nn.Module, n_inputs: int = 1, *, declines: bool = False) -> Segment:
         """One operator by itself."""
         graph = Graph()
         inputs = tuple(graph.placeholder(f"x{i}") for i in range(n_inputs))
         graph.output(graph.call_module("operator", inputs))
-        return cls(GraphModule({"operator": operator}, graph))
+        return cls(GraphModule({"operator": operator}, graph), declines=declines)
 
     def operators(self) -> list[tuple[str, nn.Module]]:
         """Name and operator, in order."""
@@ -99,13 +100,21 @@ class Segment(nn.Module):
                 return self._kept[key]
             try:
                 values = [signature_of(x, tokens) for x, tokens in zip(inputs, self._tokens, strict=True)]
-                stages = make_stages(self.graph, values, threads, self._isa)
+                is_slower = self.declines and self._is_slower(values)
+                stages = None if is_slower else make_stages(self.graph, values, threads, self._isa)
             except DoesNotFitError:
                 stages = None
             self._kept[key] = stages
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
             return stages
+
+    def _is_slower(self, values: Sequence[Signature]) -> bool:
+        # What is sparse was chosen for the shapes of an example; these may be far from those.
+        if any(isinstance(m, Layer) and m.is_measured for _, m in self.operators()):
+            return False
+        sparse, dense = layer_costs(self.graph, values, self._isa)
+        return sparse > dense
 
     # Copied and pickled networks make their own.
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def gather(graph: GraphModule) -> None:
     partitioner.fuse_partitions(partitions, prefix="gossamer_segment_")
     for name, module in list(graph.named_children()):
         if name.startswith("gossamer_segment_") and isinstance(module, GraphModule):
-            setattr(graph, name, Segment(module))
+            setattr(graph, name, Segment(module, declines=True))
     graph.delete_all_unused_submodules()
     graph.recompile()
 
