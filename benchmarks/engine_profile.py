@@ -106,8 +106,13 @@ def profile(name: str, batch: int, sparsity: float, most: float) -> list[Sequenc
         rows.append((took, (text, str(len(names)), f"{100 * took / total:.1f} %", *cells, f"{took / shared:.2f}")))
     rows.sort(key=lambda row: -row[0])
     flops = sum(kind.flops for kind in kinds.values())
-    all_of_it = (f"{flops / total / 1e9:.0f}", f"{100 * flops / total / most:.0f} %", f"{total / sum(two.values()):.2f}")
-    return [*(row for _, row in rows), ("all", "", f"{1e3 * total:.2f} ms", *all_of_it)]
+    all_of_it = (
+        f"{flops / total / 1e9:.0f}",
+        f"{100 * flops / total / most:.0f} %",
+        f"{total / sum(two.values()):.2f}",
+    )
+    n = sum(map(len, groups.values()))
+    return [*(row for _, row in rows), ("all", str(n), f"{1e3 * total:.2f} ms", *all_of_it)]
 
 
 def main() -> None:
