@@ -1,24 +1,57 @@
 // Which kernels this machine can run, and what its cache and vectors are worth.
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <fstream>
+#include <string>
 
 #include "plan.h"
 
 namespace gossamer {
 namespace {
 
-int64_t cache_size(int name, int64_t least, int64_t most, int64_t unknown) {
-  const int64_t size = name < 0 ? 0 : int64_t(sysconf(name));
+#if defined(__APPLE__)
+// Of the fast cores, where there are two kinds; of the second level, each core's share.
+int64_t told(const char* name) {
+  int64_t value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) ? 0 : value;
+}
+int64_t told_cache(int level) {
+  if (level == 1) return std::max(told("hw.perflevel0.l1dcachesize"), told("hw.l1dcachesize"));
+  const int64_t fast = told("hw.perflevel0.l2cachesize") / std::max<int64_t>(1, told("hw.perflevel0.cpusperl2"));
+  return fast ? fast : told("hw.l2cachesize");
+}
+#else
+int64_t told_cache(int level) {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  const int64_t size = int64_t(sysconf(level == 1 ? _SC_LEVEL1_DCACHE_SIZE : _SC_LEVEL2_CACHE_SIZE));
+  if (size > 0) return size;
+#endif
+  // Where the C library does not know, as on arm64, Linux does.
+  for (int i = 0; i < 8; i++) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
+    std::string type, unit;
+    int found = 0;
+    int64_t size = 0;
+    std::ifstream(folder + "level") >> found;
+    std::ifstream(folder + "type") >> type;
+    std::ifstream(folder + "size") >> size >> unit;
+    if (found == level && type != "Instruction") return size * (unit == "K" ? 1 << 10 : unit == "M" ? 1 << 20 : 1);
+  }
+  return 0;
+}
+#endif
+
+int64_t cache_size(int level, int64_t least, int64_t most, int64_t unknown) {
+  const int64_t size = told_cache(level);
   return size <= 0 ? unknown : std::min(std::max(size, least), most);
 }
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-constexpr int LEVEL1 = _SC_LEVEL1_DCACHE_SIZE, LEVEL2 = _SC_LEVEL2_CACHE_SIZE;
-#else
-constexpr int LEVEL1 = -1, LEVEL2 = -1;
-#endif
 
 // Nanoseconds of a float, the least of several: whatever disturbs only adds.
 double time_of(const Kernels& kernels, const float* x, int64_t floats) {
@@ -35,8 +68,8 @@ double time_of(const Kernels& kernels, const float* x, int64_t floats) {
 Machine look() {
   Machine m;
   // Most of it, since weights pass through as well.
-  m.l1 = cache_size(LEVEL1, 16 << 10, 128 << 10, 32 << 10) * 7 / 8;
-  m.l2 = cache_size(LEVEL2, 256 << 10, 16 << 20, 1 << 20);
+  m.l1 = cache_size(1, 16 << 10, 128 << 10, 32 << 10) * 7 / 8;
+  m.l2 = cache_size(2, 256 << 10, 16 << 20, 1 << 20);
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&

@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #define RELAX() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define RELAX() __asm__ volatile("isb")  // about as long as a pause; arm's own `yield` takes no time at all
 #else
 #define RELAX() std::this_thread::yield()
 #endif

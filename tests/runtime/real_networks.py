@@ -1,7 +1,8 @@
-"""Networks that are compiled: real ones, small where that changes nothing of what is in them."""
+"""Networks that are compiled: the real ones, with random weights, for small images."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -20,25 +21,40 @@ def double(i: int, o: int) -> nn.Module:
 
 
 class UNet(nn.Module):
+    """Ronneberger et al. 2015, with padding and BatchNorm."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.down, self.deep, self.up = double(3, 16), double(16, 32), nn.ConvTranspose2d(32, 16, 2, stride=2)
-        self.last, self.pool = nn.Sequential(double(32, 16), nn.Conv2d(16, 2, 1)), nn.MaxPool2d(2)
+        sizes = (64, 128, 256, 512, 1024)
+        steps = list(itertools.pairwise(sizes))
+        self.first = double(3, sizes[0])
+        self.down = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), double(i, o)) for i, o in steps)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(o, i, 2, stride=2) for i, o in reversed(steps))
+        self.after = nn.ModuleList(double(o, i) for i, o in reversed(steps))
+        self.last = nn.Conv2d(sizes[0], 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.down(x)
-        return self.last(torch.cat([a, self.up(self.deep(self.pool(a)))], 1))
+        seen = [self.first(x)]
+        for down in self.down:
+            seen.append(down(seen[-1]))
+        x = seen.pop()
+        for up, after in zip(self.up, self.after, strict=True):
+            x = after(torch.cat([seen.pop(), up(x)], 1))
+        return self.last(x)
 
 
 class Bert(nn.Module):
+    """The encoder of BERT-base, its embeddings and all."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        layer = nn.TransformerEncoderLayer(64, 4, 128, activation="gelu", batch_first=True, dropout=0.0)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.words, self.places, self.norm = nn.Embedding(30522, 768), nn.Embedding(512, 768), nn.LayerNorm(768, 1e-12)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True, layer_norm_eps=1e-12)
+        self.encoder = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.encoder(self.embed(x))
+        places = torch.arange(x.shape[1], device=x.device)
+        return self.encoder(self.norm(self.words(x) + self.places(places)))
 
 
 def image(size: int = 64) -> Tensor:
@@ -46,69 +62,50 @@ def image(size: int = 64) -> Tensor:
 
 
 def vit() -> nn.Module:
-    return models.VisionTransformer(32, 8, 3, 4, 64, 128, num_classes=7)
-
-
-def vgg() -> nn.Module:
-    net = models.vgg11_bn()
-    net.classifier = nn.Sequential(nn.Linear(512 * 49, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 10))
-    return net
-
-
-def densenet() -> nn.Module:
-    """DenseNet-121, with fewer layers in its blocks: torch.export takes half a minute for all of them."""
-    return models.DenseNet(32, (3, 4, 4, 3))
-
-
-def mobilenet_v2() -> nn.Module:
-    """With fewer of its blocks, for the same reason."""
-    return models.MobileNetV2(
-        inverted_residual_setting=[
-            [1, 16, 1, 1],
-            [6, 24, 2, 2],
-            [6, 32, 1, 2],
-            [6, 64, 1, 2],
-            [6, 96, 1, 1],
-            [6, 160, 1, 2],
-        ]
-    )
-
-
-def convnext() -> nn.Module:
-    """The tiny one, with fewer of its blocks."""
-    make = models.convnext.CNBlockConfig
-    return models.ConvNeXt([make(96, 192, 1), make(192, 384, 1), make(384, 768, 2), make(768, None, 1)])
+    """ViT-B/16; small images have fewer patches, and meet the same layers."""
+    return models.vit_b_16(image_size=64)
 
 
 def xresnet() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from fastai.vision.models.xresnet import xresnet18
-    return xresnet18(n_out=5)
+        from fastai.vision.models.xresnet import xresnet50
+    return xresnet50(n_out=10)
+
+
+def fastai_learner() -> nn.Module:
+    """As `vision_learner` makes it: an xresnet's body, and fastai's head."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fastai.vision.learner import create_vision_model
+        from fastai.vision.models.xresnet import xresnet34
+    return create_vision_model(xresnet34, 10, pretrained=False)
 
 
 def fastai_unet() -> nn.Module:
+    """As `unet_learner` makes it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from fastai.vision.models.unet import DynamicUnet
-    body = nn.Sequential(*list(models.resnet18().children())[:-2])
-    return DynamicUnet(body, 3, (64, 64))
+        from fastai.vision.learner import create_unet_model
+    return create_unet_model(models.resnet34, 3, (64, 64), pretrained=False)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "resnet18": (models.resnet18, image),
-    "resnet34": (models.resnet34, lambda: image(32)),
+    "resnet34": (models.resnet34, image),
     "resnet50": (models.resnet50, image),
-    "mobilenet_v2": (mobilenet_v2, image),
-    "mobilenet_v3": (models.mobilenet_v3_small, image),
+    "mobilenet_v2": (models.mobilenet_v2, image),
+    "mobilenet_v3_small": (models.mobilenet_v3_small, image),
+    "mobilenet_v3_large": (models.mobilenet_v3_large, image),
     "efficientnet_b0": (models.efficientnet_b0, image),
-    "densenet121": (densenet, image),
-    "vgg11_bn": (vgg, lambda: image(32)),
-    "convnext_tiny": (convnext, image),
-    "vit": (vit, lambda: image(32)),
-    "unet": (UNet, lambda: image(32)),
-    "bert": (Bert, lambda: torch.randint(0, 50, (2, 12))),
-    "xresnet": (xresnet, lambda: image(32)),
+    "densenet121": (models.densenet121, image),
+    "vgg16_bn": (models.vgg16_bn, lambda: image(32)),
+    "convnext_tiny": (models.convnext_tiny, image),
+    "vit_b_16": (vit, image),
+    "unet": (UNet, image),
+    "bert_base": (Bert, lambda: torch.randint(0, 30522, (1, 32))),
+    "xresnet50": (xresnet, image),
+    "fastai_learner": (fastai_learner, image),
     "fastai_unet": (fastai_unet, image),
 }
 
@@ -118,14 +115,15 @@ def made(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.1)
-            nn.init.normal_(module.bias, 0, 0.1)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, 0, 0.1)
     return model
 
 

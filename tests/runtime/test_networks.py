@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
@@ -38,19 +39,19 @@ class Once:
 def test_networks_give_what_they_gave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "export", Once())
     model, example = made(name), MODELS[name][1]()
+    batch = torch.cat([MODELS[name][1]() for _ in range(3)])
     convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     with torch.no_grad():
         if name == "fastai_unet":  # which learns its shapes from its first batch
-            model(torch.cat([example, example]))
+            model(batch)
         for sparsity in (0, 50, 90, 99, 100):
             if sparsity:
                 Sparsifier(model, layer_type=(nn.Conv1d, nn.Conv2d, nn.Linear)).sparsify_model(sparsity)
-            before = {n: t.clone() for n, t in model.state_dict().items()}
+            before = {n: zlib.crc32(t.numpy().data) for n, t in model.state_dict().items()}  # BERT-base twice is large
             fast = runtime.compile(model, example)
-            batches = [example, torch.cat([example] * 3)] if sparsity == 90 else [example]
-            for x in batches:
+            for x in [example, batch] if sparsity == 90 else [example]:
                 assert error(fast(x), model(x)) < 1e-5, f"at {sparsity} %"
-            assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+            assert all(zlib.crc32(t.numpy().data) == before[n] for n, t in model.state_dict().items())
             rows = fast.explain()
             assert not any("batch_norm" in row.op for row in rows)
             if isinstance(fast.graph, GraphModule):  # fastai's U-Net has hooks, and runs layer by layer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -140,3 +142,37 @@ def test_results_are_new_each_time() -> None:
     second: Tensor = segment(x + 1)
     assert first.data_ptr() != second.data_ptr()
     assert torch.equal(first, kept)
+
+
+def test_python_goes_on_while_a_program_runs() -> None:
+    """Python never takes its lock away from a thread here, so that another one runs only where a run gives it up."""
+    x = torch.randn(64, 16, 30, 30)
+    segment = chain(conv(16, 16, 3), conv(16, 16, 3))
+    program = Program(segment.graph, [Signature(tuple(x.shape))], 1)
+    outputs = [torch.empty(o.shape) for o in program.outputs]
+    program.run([x], outputs)  # takes its memory, which is PyTorch's work
+    count, stop, started = [0], [False], threading.Event()
+
+    def other() -> None:
+        while not stop[0]:
+            count[0] += 1
+            started.set()
+            time.sleep(0)  # gives the lock back
+
+    before = sys.getswitchinterval()
+    thread = threading.Thread(target=other)
+    thread.start()
+    started.wait()
+    sys.setswitchinterval(1e3)
+    try:
+        first = count[0]
+        for _ in range(200):
+            program.run([x], outputs)
+            if count[0] > first:
+                break
+        moved = count[0] > first
+    finally:
+        stop[0] = True
+        sys.setswitchinterval(before)
+        thread.join()
+    assert moved
