@@ -1,7 +1,7 @@
 """The compiled library under sanitizers, over shapes drawn at random.
 
-The programs are in `sanitized/`, and check their numbers too. Buffers end where tensors end, so that one float too far is
-found.
+The programs are in `sanitized/`, and check their numbers too. Buffers end where tensors end, so that one float
+too far is found.
 """
 
 from __future__ import annotations
