@@ -1,10 +1,11 @@
-// Which kernels this machine can run, and what its cache and vectors are worth.
+// Which kernels this machine runs, and what its cache and vectors are worth.
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 
+#include "isa.h"
 #include "plan.h"
 
 namespace gossamer {
@@ -19,6 +20,19 @@ constexpr int LEVEL1 = _SC_LEVEL1_DCACHE_SIZE, LEVEL2 = _SC_LEVEL2_CACHE_SIZE;
 #else
 constexpr int LEVEL1 = -1, LEVEL2 = -1;
 #endif
+
+const Kernels* kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::AVX512: return &avx512::kernels;
+    case Isa::AVX512_256: return &avx512_256::kernels;
+    case Isa::AVX2: return &avx2::kernels;
+    case Isa::BASELINE: break;
+  }
+#endif
+  (void)isa;
+  return &baseline::kernels;
+}
 
 // Nanoseconds of a float, the least of several: whatever disturbs only adds.
 double time_of(const Kernels& kernels, const float* x, int64_t floats) {
@@ -37,16 +51,7 @@ Machine look() {
   // Most of it, since weights pass through as well.
   m.l1 = cache_size(LEVEL1, 16 << 10, 128 << 10, 32 << 10) * 7 / 8;
   m.l2 = cache_size(LEVEL2, 256 << 10, 16 << 20, 1 << 20);
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq")) {
-    m.kernels.push_back(&avx512::kernels);
-    m.kernels.push_back(&avx512_256::kernels);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) m.kernels.push_back(&avx2::kernels);
-#endif
-  m.kernels.push_back(&baseline::kernels);
+  for (int32_t i = 0; i < isas().n; i++) m.kernels.push_back(kernels_of(isas().best_first[i]));
   m.costs.assign(m.kernels.size(), 1.0);
   // Some processors multiply their widest vectors in two halves. Then they gain nothing, and waste more at every edge.
   if (m.kernels.size() > 1 && m.kernels[0]->lanes == 16) {

@@ -238,25 +238,11 @@ int main() {
 """
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
-@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' run time is looked for on Linux")
-def test_no_access_outside_and_nothing_undefined(tmp_path: Path) -> None:
-    (tmp_path / "driver.cpp").write_text(_DRIVER)
-    common = ["c++", "-std=gnu++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    common += [f"-I{_SOURCES}", "-c"]
-    isas = list(_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
-    jobs = [[*common, str(s), "-o", f"{s.stem}.o"] for s in (*_SOURCES.glob("*.cpp"), tmp_path / "driver.cpp")]
-    jobs = [job for job in jobs if job[-1] not in ("sweep.o", "select.o")]  # a test of their own, below
-    for isa in isas:
-        lanes, flags = _FLAGS[isa]
-        own = [*common, *flags, f"-DGOSSAMER_ISA={isa}", f"-DGOSSAMER_LANES={lanes}"]
-        jobs += [[*own, str(s), "-o", f"{s.stem}_{isa}.o"] for s in (_SOURCES / "float32").glob("*.cpp")]
-    with ThreadPoolExecutor(2) as two:
-        list(two.map(lambda job: subprocess.run(job, cwd=tmp_path, check=True), jobs))
-    objects = [job[-1] for job in jobs]
+def _linked_and_run(objects: list[str], folder: Path) -> str:
+    """What a driver prints; the test is skipped where the compiler has no sanitizers."""
     linked = subprocess.run(
         ["c++", "-fsanitize=address,undefined", *objects, "-o", "driver", "-pthread"],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -266,11 +252,30 @@ def test_no_access_outside_and_nothing_undefined(tmp_path: Path) -> None:
     assert linked.returncode == 0, linked.stderr
     # The thread pool lives as long as the process, by design.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([folder / "driver"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "150 rounds" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' run time is looked for on Linux")
+def test_no_access_outside_and_nothing_undefined(tmp_path: Path) -> None:
+    (tmp_path / "driver.cpp").write_text(_DRIVER)
+    common = ["c++", "-std=gnu++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    common += [f"-I{_SOURCES}", "-c"]
+    isas = list(_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+    jobs = [[*common, str(s), "-o", f"{s.stem}.o"] for s in (*_SOURCES.glob("*.cpp"), tmp_path / "driver.cpp")]
+    jobs = [job for job in jobs if job[-1] not in ("sweep.o", "select.o", "scores.o")]  # a test of their own, below
+    for isa in isas:
+        lanes, flags = _FLAGS[isa]
+        own = [*common, *flags, f"-DGOSSAMER_ISA={isa}", f"-DGOSSAMER_LANES={lanes}"]
+        jobs += [[*own, str(s), "-o", f"{s.stem}_{isa}.o"] for s in (_SOURCES / "float32").glob("*.cpp")]
+    with ThreadPoolExecutor(2) as two:
+        list(two.map(lambda job: subprocess.run(job, cwd=tmp_path, check=True), jobs))
+    said = _linked_and_run([job[-1] for job in jobs], tmp_path)
+    assert "150 rounds" in said
     ways = {"depthwise", "in place", "tile", "tile of several", "tokens"}
-    assert set(done.stdout.split(", ")[2:]) == ways, done.stdout
+    assert set(said.split(", ")[2:]) == ways, said
 
 
 _SELECT_DRIVER = r"""
@@ -337,35 +342,12 @@ def test_selection_stays_inside_and_is_exact_on_any_bytes(tmp_path: Path) -> Non
     common = ["c++", "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     common += [f"-I{_SOURCES}", "-c"]
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    # Which instruction sets there are, the engine says; here a few lines do, so that it need not be compiled again.
-    names = (
-        'extern "C" const char* gossamer_isa(int i) { __builtin_cpu_init(); const char* n[5] = {}; int k = 0; '
-        'if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) '
-        'n[k++] = "avx512", n[k++] = "avx512_256"; '
-        'if (__builtin_cpu_supports("avx2")) n[k++] = "avx2"; n[k++] = "baseline"; return i < k ? n[i] : nullptr; }'
-        if is_x86
-        else 'extern "C" const char* gossamer_isa(int i) { return i ? nullptr : "baseline"; }'
-    )
-    (tmp_path / "names.cpp").write_text(names)
-    sources = [_SOURCES / "select.cpp", _SOURCES / "pool.cpp", tmp_path / "driver.cpp", tmp_path / "names.cpp"]
-    jobs = [[*common, str(s), "-o", f"{s.stem}.o"] for s in sources]
+    own = [_SOURCES / f"{name}.cpp" for name in ("select", "scores", "isa", "pool")]  # and nothing of the engine
+    jobs = [[*common, str(s), "-o", f"{s.stem}.o"] for s in (*own, tmp_path / "driver.cpp")]
     jobs += [
         [*common, *_FLAGS[isa][1], f"-DGOSSAMER_ISA={isa}", str(_SOURCES / "sweep.cpp"), "-o", f"sweep_{isa}.o"]
         for isa in (("baseline", "avx2", "avx512") if is_x86 else ("baseline",))
     ]
     for job in jobs:
         subprocess.run(job, cwd=tmp_path, check=True)
-    linked = subprocess.run(
-        ["c++", "-fsanitize=address,undefined", *(job[-1] for job in jobs), "-o", "driver", "-pthread"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if linked.returncode and "san" in linked.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert linked.returncode == 0, linked.stderr
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "600 selections" in done.stdout
+    assert "600 selections" in _linked_and_run([job[-1] for job in jobs], tmp_path)
