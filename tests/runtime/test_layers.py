@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from twins import ISAS, chain, check, error, needs_library, sparse
+from twins import ISAS, chain, check, error, needs_library, sparse, ways
 
 from gossamer import ArgumentError
 from gossamer.native import find_library
@@ -217,7 +217,7 @@ def test_batches_from_1_to_33(row: tuple[int, ...], isa: int) -> None:
 
 def texts(segment: Segment, x: Tensor) -> list[str]:
     """How the layers go about it where all images go through at once."""
-    return list(Program(segment.graph, [Signature(tuple(x.shape), x.ndim != 4)], 1).texts().values())
+    return list(ways(Program(segment.graph, [Signature(tuple(x.shape), x.ndim != 4)], 1)).values())
 
 
 @needs_library
