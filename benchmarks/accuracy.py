@@ -115,19 +115,28 @@ def callback_of(who: str, sparsity: float) -> Any:
     return sparse.SparsifyCallback(sparsity / 100, "weight", "local", criteria.large_final, schedules.one_cycle)
 
 
+def fit(
+    model: nn.Module, data: tuple[Split, Split], epochs: int, lr: float, seed: int, cbs: Sequence[Any] = ()
+) -> float:
+    """Trains by `fit_one_cycle`, and gives the accuracy on the test images in percent."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    dls = DataLoaders(Batches(data[0], seed), Batches(data[1]))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, lr, cbs=list(cbs))
+    return 100 * float(learn.recorder.values[-1][-1])
+
+
 def train(who: str, sparsity: float, seed: int, epochs: int, lr: float, data: tuple[Split, Split]) -> dict[str, Any]:
     """One run: accuracy on the test images in percent, and percent of zeros counted in the convolutions."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
     model = small_resnet()
-    dls = DataLoaders(Batches(data[0], seed), Batches(data[1]))
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()):
-        learn.fit_one_cycle(epochs, lr, cbs=[] if who == "dense" else callback_of(who, sparsity))
+    with contextlib.redirect_stdout(io.StringIO()):
+        score = fit(model, data, epochs, lr, seed, [] if who == "dense" else [callback_of(who, sparsity)])
     weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Conv2d)]
     zeros, total = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
-    score = 100 * float(learn.recorder.values[-1][-1])
     if who == "gossamer":
         asked = sum(int(sparsity * w.numel() / 100 + 0.5) for w in weights)
         assert zeros == asked, f"asked for {asked} zeros, counted {zeros}"

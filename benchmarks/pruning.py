@@ -19,17 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import gossamer
-from accuracy import Batches, Results, Split, load, spread
+from accuracy import Batches, Results, Split, fit, load, spread
 from common import CLOCKS, PEER, alternating, header, is_installed, median_ratio, peer_module, table
 from gossamer import Pruner
 from gossamer.pruning.report import count_macs, count_params
@@ -73,17 +68,6 @@ PRUNERS: Mapping[str, Callable[[nn.Module, float, Tensor], nn.Module]] = {
     PEER: by_peer,
     "torch-pruning": by_torch_pruning,
 }
-
-
-def fit(model: nn.Module, data: tuple[Split, Split], epochs: int, lr: float, seed: int) -> float:
-    """Trains, and gives the accuracy on the test images in percent."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    dls = DataLoaders(Batches(data[0], seed), Batches(data[1]))
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(epochs, lr)
-    return 100 * float(learn.recorder.values[-1][-1])
 
 
 def pruned(who: str, dense: nn.Module, sparsity: float, pixels: int) -> nn.Module:

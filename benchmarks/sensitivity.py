@@ -15,37 +15,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
 from torch import nn
 from torch.nn import functional as F
 
-from accuracy import Batches, Results, Split, load, small_resnet, spread
+from accuracy import Batches, Results, Split, fit, load, small_resnet, spread
 from common import header, table
 from gossamer import sensitivity
 from gossamer.integrations.fastai import SparsifyCallback
 
 TRIED = (30, 50, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99)
 WAYS = ("sensitivity", "uniform", "global")
-
-
-def fit(model: nn.Module, data: tuple[Split, Split], epochs: int, lr: float, seed: int, cbs: Any = ()) -> float:
-    """Trains, and gives the accuracy on the test images in percent."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    learn = Learner(
-        DataLoaders(Batches(data[0], seed), Batches(data[1])),
-        model,
-        loss_func=CrossEntropyLossFlat(),
-        metrics=accuracy,
-    )
-    with learn.no_bar(), learn.no_logging():
-        learn.fit_one_cycle(epochs, lr, cbs=list(cbs))
-    return 100 * float(learn.recorder.values[-1][-1])
 
 
 def minus_loss(split: Split) -> Any:

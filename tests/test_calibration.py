@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 import plain
 from gossamer import CRITERIA, GossamerWarning, Sparsifier, TargetError
-from gossamer.calibration import Calibration, gather, patches
+from gossamer.calibration import Calibration
+from gossamer.gathering import gather
+from gossamer.layer_inputs import patches
 from gossamer.rules.criteria import OF_DATA, OF_LOSS
 from gossamer.targets import AXES, find_targets
 

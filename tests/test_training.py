@@ -15,7 +15,6 @@ from gossamer import (
     CRITERIA,
     SCHEDULES,
     ArgumentError,
-    FileError,
     GossamerWarning,
     Schedule,
     SparseTraining,
@@ -23,55 +22,7 @@ from gossamer import (
     StateError,
     TargetError,
 )
-from gossamer.training import forget, optimizer_tensors
-
-OPTIMIZERS = {
-    "SGD, momentum, decay": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "SGD, one tensor at a time": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.1, foreach=False),
-    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.01),
-    "AdamW, amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
-    "Adam, fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
-    "RMSprop, momentum": lambda p: torch.optim.RMSprop(p, lr=0.005, momentum=0.9, centered=True),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
-}
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
-
-
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, *, accumulate: int = 1, autocast: bool = False
-) -> None:
-    """What a user's loop does between two calls of ours."""
-    optimizer.zero_grad()
-    for part in range(accumulate):
-        x = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(100 * seed + part))
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(x).float().square().mean() - model(x).float()[:, 0].mean()
-        loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-
-
-def start(
-    optimizer="SGD, momentum, decay",
-    sparsity=50,
-    schedule="one_cycle",
-    steps=6,
-    *,
-    layer_type=(nn.Conv2d, nn.Linear),
-    method=None,
-    **rules,
-) -> tuple[nn.Module, torch.optim.Optimizer, SparseTraining]:
-    model = network()
-    optimizer = OPTIMIZERS[optimizer](model.parameters())
-    x = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(9))
-    data = {"data": [(x, torch.tensor([0, 1, 2, 3]))], "loss_func": nn.CrossEntropyLoss()}
-    sparsifier = Sparsifier(model, layer_type=layer_type, **data, **rules)
-    return model, optimizer, SparseTraining(sparsifier, optimizer, sparsity, schedule, steps, method=method)
-
+from loops import OPTIMIZERS, network, start, train_step
 
 # -- zeros stay zero --------------------------------------------------------------------------------------------------
 
@@ -283,15 +234,6 @@ def test_another_round_keeps_the_zeros_that_came_in_between(context: str, keep: 
     assert run.sparsifier.report().sparsity == pytest.approx(80, abs=1)
 
 
-def test_a_stray_zero_or_two_are_not_kept_by_another_round():
-    model, _, run = start(schedule="lin", steps=2)
-    run.step()
-    with torch.no_grad():
-        model[4].weight.view(-1)[run.sparsifier.masks["4"].view(-1).nonzero()[0]] = 0
-    run.restart()
-    assert run.zeros_kept == 0
-
-
 def test_release_ends_the_masking():
     model, _, run = start(schedule="lin", steps=2)
     run.step()
@@ -499,68 +441,6 @@ def test_a_state_holds_plain_values_and_its_own_tensors():
     assert all(torch.equal(t, state["tensors"][n]) for n, t in before.items())
 
 
-def test_a_state_of_another_version_or_network_is_refused():
-    _, _, run = start()
-    with pytest.raises(FileError, match="99"):
-        run.load_state_dict({**run.state_dict(), "version": 99})
-    with pytest.raises(FileError):
-        start(layer_type=nn.Conv2d)[2].load_state_dict(run.state_dict())
-
-
-# -- the optimizer's state --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_of_the_weights_shape_is_found_and_a_scalar_step_is_not(name):
-    model, optimizer, _ = start(name)
-    assert optimizer_tensors(None)(model[0].weight) == []
-    train_step(model, optimizer, 0)
-    weight = model[0].weight
-    found = optimizer_tensors(optimizer)(weight)
-    expected = [v for v in optimizer.state[weight].values() if torch.is_tensor(v) and v.shape == weight.shape]
-    assert [id(t) for t in found] == [id(t) for t in expected]
-    assert found
-
-
-def test_looking_for_state_makes_none():
-    model, optimizer, _ = start("Adam")
-    assert optimizer_tensors(optimizer)(model[0].weight) == []
-    assert len(optimizer.state) == 0
-
-
-def test_forgetting_is_as_if_it_had_never_stepped():
-    model, optimizer, _ = start("Adam")
-    train_step(model, optimizer, 0)
-    forget(optimizer, [model[0].weight])
-    forget(None, [model[0].weight])
-    assert optimizer_tensors(optimizer)(model[0].weight) == []
-    assert optimizer_tensors(optimizer)(model[4].weight) != []
-    train_step(model, optimizer, 1)
-    assert float(optimizer.state[model[0].weight]["step"]) == 1
-    assert float(optimizer.state[model[4].weight]["step"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ({"sparsity": 60}, "sparsity"),
-        ({"schedule": "cos"}, "schedule is 'one_cycle' there and 'cos' here"),
-        ({"granularity": "filter", "layer_type": nn.Conv2d}, "granularity"),
-        ({"context": "global"}, "context"),
-        ({"criteria": "random"}, "criteria"),
-    ],
-)
-def test_the_state_of_a_run_by_other_rules_is_refused(other, words):
-    state = start()[2].state_dict()
-    with pytest.raises(FileError, match=words):
-        start(**other)[2].load_state_dict(state)
-
-
-def test_a_state_with_something_missing_is_refused():
-    with pytest.raises(FileError, match="without 'steps_done'"):
-        start()[2].load_state_dict({"version": 1})
-
-
 def test_a_criterion_of_change_warns_once_where_nothing_has_changed():
     _, _, run = start(criteria="movement")
     with pytest.warns(GossamerWarning, match="measures change"):
@@ -646,53 +526,3 @@ def test_a_move_that_fails_for_nan_can_be_made_once_the_weights_are_good(context
     model.load_state_dict(good)
     run.move_to(1.0)
     assert run.report().sparsity == 50
-
-
-def test_a_run_that_was_released_is_saved_as_one() -> None:
-    model, _, run = start(schedule="lin", steps=1)
-    run.step()
-    run.release()
-    rules = Sparsifier(model, layer_type=(nn.Conv2d, nn.Linear))
-    again = SparseTraining(rules, None, 50, "lin", 1, keep_zeros=False)
-    again.keep_zeros = True
-    again.load_state_dict(run.state_dict())
-    for one in (run, again):
-        one.restart()
-        assert one.zeros_kept == 0
-        assert all(bool(mask.all()) for mask in one.sparsifier.masks.values())
-
-
-def test_zeros_that_were_loaded_after_a_release_are_kept() -> None:
-    model, _, run = start(schedule="lin", steps=1)
-    run.step()
-    run.release()
-    model.load_state_dict(network().state_dict())
-    Sparsifier(model, criteria="small_final").sparsify_model(40)
-    run.restart()
-    assert run.zeros_kept == run.report().zeros > 0
-
-
-def test_what_a_schedule_lets_go_is_not_taken_for_zeros_to_keep() -> None:
-    _, _, run = start(schedule=lambda p: 1 - abs(2 * p - 1), steps=4)
-    for _ in range(3):
-        run.step()
-    run.restart()
-    assert run.zeros_kept == 0
-
-
-def test_what_was_freed_and_comes_back_to_zero_by_itself_is_no_reason_to_refuse_another_round() -> None:
-    """Rprop steps by fixed lengths, so that weights that grew return to exactly 0, one by one and not in units."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3))
-    run = SparseTraining(Sparsifier(model, "kernel"), None, 50, "dsd", total_steps=10)
-    weight = model[0].weight.detach()
-    for _ in range(10):
-        weight += 0.25 * (weight == 0)
-        run.step()
-    weight += 0.25 * (weight == 0)
-    run.hold()
-    freed = torch.nonzero(~run._freed["0"].view(-1)).view(-1)
-    assert len(freed) == 108
-    weight.view(-1)[freed[::4]] = 0
-    run.restart()  # 27 zeros, none of them a whole kernel
-    run.move_to(0.6)
-    assert run.report().zeros >= 108

@@ -1,4 +1,4 @@
-"""Data for criteria: batches are run through the network, and it is afterwards as it was before.
+"""How is a network run on data? As it was before it is afterwards: what is gathered meanwhile, `gathering.py` says.
 
 Nothing stays behind: hooks are taken off, the mode, buffers, gradients and random numbers are put back.
 """
@@ -6,24 +6,18 @@ Nothing stays behind: hooks are taken off, the mode, buffers, gradients and rand
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from gossamer.errors import ArgumentError, TargetError
-from gossamer.evidence import widen
+from gossamer.errors import ArgumentError
 from gossamer.randomness import random_state, restore_random_state
-from gossamer.rules.criteria import OF_LOSS
-from gossamer.targets import Target, unwrapped
-
-Gathered = dict[str, Tensor]
-"""Layer name → tensor of its weight's shape, float32 or wider."""
+from gossamer.rules.criteria import OF_DATA, OF_LOSS, Criterion
+from gossamer.targets import unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +107,54 @@ def _inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)) else inputs), {}
 
 
+def as_calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] | None) -> Calibration | None:
+    """Data from whatever a user may give: None, batches, or a `Calibration`.
+
+    Args:
+        model: the network that batches are run through.
+        data: the value given.
+        loss_func: (output, target) → loss, or None.
+
+    Raises:
+        ArgumentError: a loss that belongs to no data, or data that cannot be used.
+
+    Example:
+        >>> as_calibration(nn.Linear(2, 1), None, None)
+    """
+    if isinstance(data, Calibration):
+        if loss_func is not None:
+            raise ArgumentError("loss_func beside a Calibration, which has one of its own; leave it out")
+        return data
+    if data is None:
+        if loss_func is not None:
+            raise ArgumentError("loss_func without data; give data=, batches of inputs and targets, too")
+        return None
+    return Calibration(model, data, loss_func)
+
+
+def check_data(criterion: Criterion, calibration: Calibration | None) -> None:
+    """Makes sure that there is the data that a criterion looks at.
+
+    Raises:
+        ArgumentError: there is none, or no loss for it.
+
+    Example:
+        >>> from gossamer.rules.criteria import as_criterion
+        >>> check_data(as_criterion("large_final"), None)
+    """
+    wants = [kind for kind in criterion.needs if kind in OF_DATA]
+    if wants and calibration is None:
+        loss = " and loss_func=" if OF_LOSS & set(wants) else ""
+        raise ArgumentError(
+            f"criterion {criterion.name!r} looks at the network's {wants[0]}, which takes data; give data=, batches of "
+            f"inputs{' and targets,' if loss else ''}{loss}"
+        )
+    if OF_LOSS & set(wants) and calibration is not None and calibration.loss_func is None:
+        raise ArgumentError(
+            f"criterion {criterion.name!r} looks at the {wants[0]} of a loss; give loss_func=(output, target) → loss"
+        )
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, evaluate: bool) -> Generator[None]:
     """Lets a network run, and leaves its mode, its buffers and the random numbers as they were.
@@ -145,228 +187,6 @@ def undisturbed(model: nn.Module, evaluate: bool) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _wanting_gradients(weights: Sequence[nn.Parameter]) -> Generator[None]:
-    frozen = [w for w in weights if not w.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-def gather(calibration: Calibration, targets: Sequence[Target], kinds: Collection[str]) -> dict[str, Gathered]:
-    """Evidence of data, for all layers at once.
-
-    Args:
-        calibration: the data and the network.
-        targets: the layers.
-        kinds: out of `rules.criteria.OF_DATA`.
-
-    Returns:
-        Kind → layer name → tensor of the weight's shape.
-
-    Raises:
-        ArgumentError: data or a loss that cannot be used.
-        TargetError: the data does not reach a layer, or gives it nan.
-
-    Example:
-        >>> from gossamer.targets import find_targets
-        >>> net = nn.Linear(2, 1, bias=False)
-        >>> data = Calibration(net, torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
-        >>> gather(data, find_targets(net, nn.Linear), ["input_norm"])["input_norm"][""]
-        tensor([[5., 1.]])
-    """
-    found: dict[str, Gathered] = {}
-    ways: dict[str, Callable[[Calibration, Sequence[Target]], Gathered]] = {
-        "gradient": gradients,
-        "gradient_squared": squared_gradients,
-        "hessian_gradient": hessian_gradients,
-        "flow": flows,
-        "input_norm": partial(_input_statistics, kind="input_norm"),
-        "input_mean": partial(_input_statistics, kind="input_mean"),
-        "input_max": partial(_input_statistics, kind="input_max"),
-    }
-    for kind in kinds:
-        if kind in OF_LOSS and calibration.loss_func is None:
-            raise ArgumentError(f"the criterion looks at the {kind} of a loss; give loss_func=(output, target) → loss")
-        found[kind] = ways[kind](calibration, targets)
-        for name, tensor in found[kind].items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise TargetError(
-                    f"layer {name!r} gets nan or infinity for its {kind} from the data; check the data and the loss, "
-                    f"or leave it out with exclude=[{name!r}]"
-                )
-    return found
-
-
-def gradients(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
-    """∂L/∂w, the mean over the batches.
-
-    Args:
-        calibration: the data, the network and the loss.
-        targets: the layers.
-
-    Raises:
-        TargetError: a layer has no part in the loss.
-
-    Example:
-        >>> from gossamer.targets import find_targets
-        >>> net = nn.Linear(1, 1, bias=False); _ = nn.init.ones_(net.weight)
-        >>> data = Calibration(net, (torch.ones(4, 1), torch.zeros(4, 1)), nn.MSELoss())
-        >>> gradients(data, find_targets(net, nn.Linear))
-        {'': tensor([[2.]])}
-    """
-    return _mean_gradients(calibration, targets, lambda batch: [batch], lambda g: g, evaluate=False)
-
-
-def squared_gradients(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
-    """(∂L/∂w)², the mean over the single samples: the diagonal of the empirical Fisher matrix.
-
-    Args:
-        calibration: the data, the network and the loss.
-        targets: the layers.
-
-    Raises:
-        TargetError: a layer has no part in the loss.
-    """
-    return _mean_gradients(calibration, targets, _samples, torch.square, evaluate=True)
-
-
-def _mean_gradients(
-    calibration: Calibration,
-    targets: Sequence[Target],
-    parts: Callable[[Any], Iterable[Any]],
-    of: Callable[[Tensor], Tensor],
-    *,
-    evaluate: bool,
-) -> Gathered:
-    """The mean of a function of the gradients, over the parts of all batches."""
-    weights = [t.weight for t in targets]
-    sums, n = [torch.zeros_like(widen(w.detach())) for w in weights], 0
-    with undisturbed(calibration.model, evaluate=evaluate), _wanting_gradients(weights):
-        for part in (one for batch in calibration for one in parts(batch)):
-            found = torch.autograd.grad(calibration.loss(part), weights, allow_unused=True)
-            _add(sums, [of(g) for g in _dense(found, targets)])
-            n += 1
-    return {t.name: _mean_over_ranks(s / n) for t, s in zip(targets, sums, strict=True)}
-
-
-def hessian_gradients(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
-    """H·g, with the mean gradient g and the mean Hessian H of the targets' weights over the batches.
-
-    Args:
-        calibration: the data, the network and the loss.
-        targets: the layers.
-
-    Raises:
-        TargetError: a layer has no part in the loss.
-    """
-    weights = [t.weight for t in targets]
-    first = gradients(calibration, targets)
-    sums, n = [torch.zeros_like(widen(w.detach())) for w in weights], 0
-    with undisturbed(calibration.model, evaluate=False), _wanting_gradients(weights):
-        for batch in calibration:
-            found = torch.autograd.grad(calibration.loss(batch), weights, create_graph=True, allow_unused=True)
-            product = torch.stack(
-                [(first[t.name] * g).sum() for t, g in zip(targets, _dense(found, targets), strict=True)]
-            )
-            if not product.requires_grad:  # a loss of straight lines, whose Hessian is 0
-                n += 1
-                continue
-            second: Any = torch.autograd.grad(product.sum(), weights, allow_unused=True)
-            _add(sums, [torch.zeros_like(w) if g is None else g for g, w in zip(second, weights, strict=True)])
-            n += 1
-    return {t.name: _mean_over_ranks(s / n) for t, s in zip(targets, sums, strict=True)}
-
-
-def flows(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
-    """∂R/∂|w|, where R sums the outputs for one input of ones and every parameter and buffer is its magnitude.
-
-    In evaluation mode and in float64, since the flow through many layers leaves the range of float32.
-
-    Args:
-        calibration: the data, of which only the first input's shape counts, and the network.
-        targets: the layers.
-
-    Raises:
-        TargetError: no flow reaches a layer.
-    """
-    model = unwrapped(calibration.model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    state = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    # MPS has no float64.
-    wide = torch.float32 if any(t.device.type == "mps" for t in state.values()) else torch.float64
-    state = {name: t.abs().to(wide) if t.is_floating_point() else t for name, t in state.items()}
-    mine = [names[id(t.weight)] for t in targets]
-    leaves = [state[name].requires_grad_(True) for name in mine]
-
-    def ones(tensor: Tensor) -> Tensor:
-        first = tensor[:1] if tensor.ndim else tensor
-        return torch.ones_like(first, dtype=wide) if tensor.is_floating_point() else first
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(model, state, args, kwargs)
-
-    with undisturbed(calibration.model, evaluate=True), torch.enable_grad():
-        batch: Any = pytree.tree_map_only(Tensor, ones, next(iter(calibration)))
-        tensors = [t for t in pytree.tree_leaves(calibration.output(batch, run)) if isinstance(t, Tensor)]
-        total = torch.stack([t.sum() for t in tensors if t.is_floating_point()]).sum()
-        found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return {t.name: g for t, g in zip(targets, _dense(found, targets), strict=True)}
-
-
-def _samples(batch: Any) -> Iterator[Any]:
-    """The single samples of a batch, each as a batch of one."""
-    tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
-    size = max((len(t) for t in tensors), default=1)
-    for i in range(size):
-        # What has another length belongs to all samples.
-        yield pytree.tree_map_only(Tensor, lambda t: t[i : i + 1] if t.ndim and len(t) == size else t, batch)  # noqa: B023
-
-
-def _add(sums: list[Tensor], parts: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        own = [p.detach().to(s.dtype) for s, p in zip(sums, parts, strict=True)]
-        torch._foreach_add_(sums, own)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _dense(found: Sequence[Tensor | None], targets: Sequence[Target]) -> list[Tensor]:
-    dense: list[Tensor] = []
-    for gradient, target in zip(found, targets, strict=True):
-        if gradient is None:
-            raise TargetError(
-                f"layer {target.name!r} has no part in what the network makes of the data, so it has no gradient; "
-                f"leave it out with exclude=[{target.name!r}]"
-            )
-        dense.append(gradient.to_dense() if gradient.layout != torch.strided else gradient)
-    return dense
-
-
-def _mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The same on every rank, so that all choose the same masks."""
-    return _over_ranks(tensor, maximum=False) / _ranks()
-
-
-def _over_ranks(tensor: Tensor, maximum: bool) -> Tensor:
-    if _ranks() > 1:
-        torch.distributed.all_reduce(
-            tensor, torch.distributed.ReduceOp.MAX if maximum else torch.distributed.ReduceOp.SUM
-        )
-    return tensor
-
-
-def _ranks() -> int:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
-
-
-# -- inputs of layers -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
 def watching(modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Generator[None]:
     """Shows the inputs of layers to a function while a network runs; the hooks are gone afterwards.
 
@@ -393,107 +213,26 @@ def watching(modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], N
             handle.remove()
 
 
-def _input_statistics(calibration: Calibration, targets: Sequence[Target], kind: str) -> Gathered:
-    """A statistic of all inputs that each weight is multiplied with."""
-    owners = {id(m): t for t in targets for m in (t.module, *t.shared_with)}
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-
-    def look(module: nn.Module, x: Tensor) -> None:
-        name = owners[id(module)].name
-        found, n = _statistic(module, x, kind)
-        if name not in sums:
-            sums[name], counts[name] = found, n
-        else:
-            sums[name] = torch.maximum(sums[name], found) if kind == "input_max" else sums[name] + found
-            counts[name] = counts[name] + n
-
-    modules = [m for t in targets for m in (t.module, *t.shared_with)]
-    with undisturbed(calibration.model, evaluate=True), torch.no_grad(), watching(modules, look):
-        for batch in calibration:
-            calibration.output(batch)
-    result: Gathered = {}
-    for target in targets:
-        if target.name not in sums:
-            raise TargetError(
-                f"layer {target.name!r} is not reached by the data, so nothing is known of its inputs; leave it out "
-                f"with exclude=[{target.name!r}]"
-            )
-        total = _over_ranks(sums[target.name], maximum=kind == "input_max")
-        if kind == "input_norm":
-            total = total.sqrt()
-        elif kind == "input_mean":
-            total = total / _over_ranks(counts[target.name], maximum=False)
-        result[target.name] = total.expand(target.weight.shape).contiguous()
-    return result
-
-
-def _statistic(module: nn.Module, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Σx², Σ|x| or max|x| in a shape that expands to the weight's, and how many inputs there were."""
-
-    def reduce(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-        values = widen(values)
-        if kind == "input_norm":
-            return values.square().sum(dims)
-        return values.abs().amax(dims) if kind == "input_max" else values.abs().sum(dims)
-
-    if isinstance(module, nn.Embedding):  # one-hot inputs, of which only the ones count
-        counts = torch.bincount(x.reshape(-1), minlength=module.num_embeddings).to(torch.float32)
-        found = (counts > 0).float() if kind == "input_max" else counts
-        return found[:, None], counts.sum()
-    if isinstance(module, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
-        return reduce(rows, (0,)), torch.tensor(float(len(rows)), device=x.device)
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    if x.ndim == module.weight.ndim - 1:  # without an axis of samples
-        x = x[None]
-    if module.transposed:
-        per_channel = reduce(x, (0, *range(2, x.ndim)))
-        n = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
-        return per_channel.view(-1, *[1] * (x.ndim - 1)), n
-    taps = [reduce(tap, (0, *range(2, x.ndim))) for tap in _taps(module, x)]
-    found = torch.stack(taps, 1).view(module.groups, 1, -1, *module.kernel_size)  # group, output, input, kernel
-    outputs = module.out_channels // module.groups
-    tap = next(_taps(module, x))
-    n = torch.tensor(float(tap.numel() // tap.shape[1]), device=x.device)
-    return found.expand(-1, outputs, *found.shape[2:]).reshape(module.weight.shape), n
-
-
-def _taps(module: Any, x: Tensor) -> Iterator[Tensor]:
-    """For each place in a convolution's kernel, what it sees: samples × channels × output positions."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    sizes = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, d, k, s in zip(x.shape[2:], module.dilation, module.kernel_size, module.stride, strict=True)
-    ]
-    for place in torch.cartesian_prod(*[torch.arange(k) for k in module.kernel_size]).reshape(-1, len(sizes)).tolist():
-        tap = x
-        for i, (p, d, s, n) in enumerate(zip(place, module.dilation, module.stride, sizes, strict=True)):
-            tap = tap[(slice(None),) * (2 + i) + (slice(p * d, p * d + s * (n - 1) + 1, s),)]
-        yield tap
-
-
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What the rows of a layer's weight are multiplied with, as one matrix a group.
-
-    Args:
-        module: a Linear, or a convolution that is not transposed.
-        x: its input.
-
-    Returns:
-        groups × positions × columns, float32; the columns go over the kernel's places first, then over the inputs.
+def over_ranks(tensor: Tensor, maximum: bool = False) -> Tensor:
+    """The sum of a tensor over all ranks, in place, so that all choose the same masks; or the maximum.
 
     Example:
-        >>> patches(nn.Conv1d(1, 1, 2, bias=False), torch.tensor([[[1.0, 2.0, 3.0]]])).tolist()
-        [[[1.0, 2.0], [2.0, 3.0]]]
+        >>> over_ranks(torch.ones(1))
+        tensor([1.])
     """
-    if isinstance(module, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1]).float()
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    if x.ndim == module.weight.ndim - 1:
-        x = x[None]
-    taps = torch.stack(list(_taps(module, x)), 1).float()  # samples × places × channels × positions
-    samples, places, channels = taps.shape[:3]
-    taps = taps.reshape(samples, places, module.groups, channels // module.groups, -1)
-    return taps.permute(2, 0, 4, 1, 3).reshape(module.groups, -1, places * (channels // module.groups))
+    if n_ranks() > 1:
+        torch.distributed.all_reduce(
+            tensor, torch.distributed.ReduceOp.MAX if maximum else torch.distributed.ReduceOp.SUM
+        )
+    return tensor
+
+
+def n_ranks() -> int:
+    """How many processes train together.
+
+    Example:
+        >>> n_ranks()
+        1
+    """
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1

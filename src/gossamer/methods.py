@@ -16,7 +16,7 @@ from torch import Tensor
 from gossamer.errors import ArgumentError
 from gossamer.registry import Registry
 from gossamer.rules.criteria import Criterion, as_criterion
-from gossamer.rules.schedules import Schedule, constant, steps
+from gossamer.rules.schedules import SCHEDULES, Schedule, as_schedule, constant, steps
 
 Exchange = Callable[[int, float], float]
 """(step of the optimizer, counted from 1; fraction of training that it ends) → share of the kept units to exchange."""
@@ -183,13 +183,13 @@ def SET(
     arXiv:1707.04780. The share falls as RigL's does, where the paper keeps it.
 
     Args:
-        fraction: of a layer's kept weights, how many change places at first.
-        every_n_steps: how many steps of the optimizer lie between two exchanges.
-        end_pct: fraction of training from which on nothing is exchanged any more.
-        initial: by what the first masks are chosen.
+        fraction: as in `RigL`.
+        every_n_steps: as in `RigL`.
+        end_pct: as in `RigL`.
+        initial: as in `RigL`.
 
     Raises:
-        ArgumentError: an argument that cannot be used.
+        ArgumentError: as in `RigL`.
 
     Example:
         >>> SET().grow.name
@@ -283,3 +283,15 @@ def as_method(method: Method | str | Exchange | None) -> Method:
         raise ArgumentError(f"method={name} is not called yet; write {name}()")
     own = getattr(method, "__name__", type(method).__name__)
     return Method("custom" if own == "<lambda>" else own, constant, method, initial="random")
+
+
+def schedule_of(schedule: Schedule | str | Callable[..., Any] | None, method: Method) -> Schedule:
+    """The schedule of a run: the one given, or else the method's own, or else 'one_cycle'.
+
+    Example:
+        >>> schedule_of(None, as_method("rigl")).name
+        'constant'
+    """
+    if schedule is not None:
+        return as_schedule(schedule)
+    return method.schedule if method.schedule is not None else SCHEDULES["one_cycle"]

@@ -13,8 +13,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibration import Calibration, patches, undisturbed, watching
+from gossamer.calibration import Calibration, undisturbed, watching
 from gossamer.errors import ArgumentError, TargetError
+from gossamer.layer_inputs import patches
 from gossamer.rules.allocation import Context, count
 from gossamer.rules.selection import select, select_n_m
 from gossamer.sparsifier import Sparsifier

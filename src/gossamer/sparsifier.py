@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
@@ -11,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibration import Calibration, gather
-from gossamer.errors import ArgumentError, FileError, GossamerWarning, TargetError
+from gossamer.calibration import as_calibration, check_data
+from gossamer.errors import ArgumentError, TargetError
 from gossamer.evidence import Evidence, StepEvidence
+from gossamer.gathering import gather
 from gossamer.keeping import keep_zeros
 from gossamer.layers import Layers, StateOf
-from gossamer.masks import Masks, pack, unpack
-from gossamer.moving import Mover, rounded
+from gossamer.mask_state import load_mask_state, mask_state
+from gossamer.masks import Masks
+from gossamer.moving import Mover
 from gossamer.report import SparsityReport, report_of
-from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target, count
-from gossamer.rules.criteria import OF_DATA, OF_LOSS, Criterion, as_criterion
-from gossamer.rules.densities import Shape
-from gossamer.rules.granularity import Granularity, Reduction, as_granularity, as_reduction, expand, units_of
+from gossamer.resolving import fixed_layers, resolve
+from gossamer.rules.allocation import Context, as_context
+from gossamer.rules.criteria import Criterion, as_criterion
+from gossamer.rules.granularity import Granularity, Reduction, as_granularity, as_reduction, units_of
 from gossamer.rules.normalization import Normalization, as_normalization, normalize_none
-from gossamer.targets import AXES, LayerTypes, find_targets, match_layers, resolve_sparsity, unwrapped
+from gossamer.targets import LayerTypes, find_targets, unwrapped
+from gossamer.warning import warn_thin, warn_unchanged
 
 
 class Sparsifier:
@@ -85,8 +87,8 @@ class Sparsifier:
         self.reduction, self.normalization = as_reduction(reduction), as_normalization(normalization)
         if self.context.normalization:
             self.normalization = as_normalization(self.context.normalization)
-        self.calibration = _calibration(self.model, data, loss_func)
-        _check_data(self.criterion, self.calibration)
+        self.calibration = as_calibration(self.model, data, loss_func)
+        check_data(self.criterion, self.calibration)
         self._layers = Layers(
             self.model,
             self.targets,
@@ -150,23 +152,7 @@ class Sparsifier:
 
     def warn_thin(self) -> None:
         """Warns where competing layers have left one of them next to nothing."""
-        if not self.context.is_pooled:
-            return
-        known = {n: (la.n_units - la.masked, la.n_units) for n, la in self._layers.items() if la.masked is not None}
-        share = sum(kept for kept, _ in known.values()) / max(1, sum(units for _, units in known.values()))
-        thin = [
-            f"{name!r} keeps {kept:,} of {units:,}"
-            for name, (kept, units) in known.items()
-            if units > 1 and kept < min(0.005, share / 10) * units
-        ]
-        if thin:
-            warnings.warn(
-                f"context '{self.context}' leaves layers nearly empty: {', '.join(thin)} units of granularity "
-                f"{self.granularity.name!r}; Context('global', ceiling=95) bounds it, or take another "
-                "normalization, or 'local'",
-                GossamerWarning,
-                stacklevel=3,
-            )
+        warn_thin(self._layers, self.context, self.granularity.name)
 
     def sparsify_layer(self, layer: str | nn.Module, sparsity: float, round_to: int | None = None) -> None:
         """Makes one layer as sparse as asked, at once.
@@ -226,51 +212,7 @@ class Sparsifier:
             ArgumentError: see `sparsify_model`.
             TargetError: see `sparsify_model`.
         """
-        if isinstance(sparsity, Mapping) and self.context.is_shared and "*" not in sparsity:
-            raise ArgumentError(
-                f"context='{self.context}' shares one target between the layers, got a dict without it; add '*' for "
-                f"what the layers that it does not name reach together, such as {{…, '*': 90}}, or use context='local'"
-            )
-        for name in sparsity if isinstance(sparsity, Mapping) else ():
-            other = dict(self.model.named_modules()).get(name)
-            if other is not None and name not in self._layers:
-                kind = type(other).__name__
-                remedy = f"add its type with layer_type=(…, {kind}) and see that it is not excluded"
-                if not isinstance(other, tuple(AXES)):
-                    remedy = "that has no weight to mask; name a layer that has one"
-                raise TargetError(f"sparsity: layer {name!r} takes no part; it is a {kind}: {remedy}")
-        fixed = self.fixed_layers(sparsity)
-        if isinstance(sparsity, Mapping) and self.context.is_shared:
-            named = {pattern: percent for pattern, percent in sparsity.items() if pattern != "*"}
-            fractions = dict.fromkeys(self._layers, as_fraction(sparsity["*"]))
-            fractions |= resolve_sparsity(named, self._layers) if named else {}
-        else:
-            fractions = resolve_sparsity(sparsity, self._layers)
-        for name, fraction in fractions.items():
-            check_target(fraction, Context("local") if name in fixed else self.context)
-        shared = [name for name in fractions if name not in fixed]
-        if self.context.densities is not None and shared:
-            shapes = [Shape(la.target.axes, la.target.view, la.n_units) for la in map(self._layers.get, shared) if la]
-            masked = self.context.densities(fractions[shared[0]], shapes)
-            _check_densities(masked, shapes, fractions[shared[0]], self.context)
-            fractions |= {n: Fraction(k, s.units) for n, k, s in zip(shared, masked, shapes, strict=True)}
-        check_round_to(round_to, self.context)
-        most = max(self._layers[name].n_units for name in fractions)
-        if round_to is not None and round_to > most:
-            raise ArgumentError(
-                f"round_to={round_to} is more than any layer with a target has ({most} units of granularity "
-                f"{self.granularity.name!r}), so nothing would be masked; use at most {most}"
-            )
-        counts = [(count(f, self._layers[name].n_units), self._layers[name]) for name, f in fractions.items()]
-        asked = sum(n for n, _ in counts)
-        if self.context.kind == "local" and asked and not any(rounded(n, la, round_to) for n, la in counts):
-            warnings.warn(
-                f"round_to={round_to} leaves every layer dense: at this sparsity the nearest multiple keeps all of "
-                "its units; use a smaller round_to or a higher sparsity",
-                GossamerWarning,
-                stacklevel=3,
-            )
-        return fractions
+        return resolve(sparsity, round_to, self.model, self._layers, self.context, self.granularity.name)
 
     def fixed_layers(self, sparsity: float | Mapping[str, float]) -> frozenset[str]:
         """The layers that a target names one by one where the others share one.
@@ -283,9 +225,7 @@ class Sparsifier:
             >>> Sparsifier(net, context="global", layer_type=nn.Linear).fixed_layers({"1": 50, "*": 80})
             frozenset({'1'})
         """
-        if not isinstance(sparsity, Mapping) or not self.context.is_shared:
-            return frozenset()
-        return frozenset(n for p in sparsity if p != "*" for n in match_layers(p, self._layers))
+        return fixed_layers(sparsity, self._layers, self.context)
 
     def check_weights(self) -> None:
         """Makes sure that scores can be compared.
@@ -298,14 +238,7 @@ class Sparsifier:
 
     def warn_unchanged(self, layers: Iterable[str]) -> None:
         """Warns where the criterion measures change and some of these layers have not changed, so that scores tie."""
-        still = [n for n in layers if self.evidence.unchanged(n, self._layers[n].target.weight)]
-        if still:
-            warnings.warn(
-                f"criterion {self.criterion.name!r} measures change, and the weights of {', '.join(still)} have not "
-                "changed: all their scores tie, and the first positions are masked",
-                GossamerWarning,
-                stacklevel=3,
-            )
+        warn_unchanged({n: self._layers[n] for n in layers}, self.evidence, self.criterion.name)
 
     def keep_zeros(
         self, fractions: Mapping[str, Fraction], round_to: int | None = None, fixed: Collection[str] = ()
@@ -394,7 +327,7 @@ class Sparsifier:
         Raises:
             ArgumentError: there is not.
         """
-        _check_data(criterion, self.calibration)
+        check_data(criterion, self.calibration)
 
     def put_mask(self, layer: str, mask: Tensor) -> None:
         """Puts a mask of single weights in place, and zeroes what it masks.
@@ -434,12 +367,7 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, evidence, and how many units of each layer were zero before, as flat tensors."""
-        masks = {f"mask/{n}": t for n, t in self.masks.state_dict().items()}
-        shapes = {f"shape/{n}": torch.tensor(m.shape) for n, m in self.masks.items()}
-        floors = {f"floor/{n}": pack(la.zeros) for n, la in self._layers.items() if la.zeros is not None}
-        goal, round_to, layers = self._mover.pooled or (-1, None, 0)
-        pooled = {"pooled": torch.tensor([goal, round_to or 0, layers])} if layers else {}
-        return {**masks, **shapes, **floors, **pooled, **self.evidence.state_dict()}
+        return mask_state(self._layers, self._mover)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state_dict` gave.
@@ -447,47 +375,7 @@ class Sparsifier:
         Raises:
             FileError: it is of another network.
         """
-        if not isinstance(state, Mapping):
-            raise FileError(f"state of a sparsifier must be a dict of tensors, got {state!r}")
-        kinds = ("mask/", "shape/", "floor/", "pooled", *(f"{kind}/" for kind in self.evidence.kept))
-        foreign = next((key for key in state if not key.startswith(kinds)), None)
-        if foreign is not None:
-            raise FileError(
-                f"state of another run: nothing here is called {foreign!r}; use the criterion that it is from"
-            )
-        for name, mask in self.masks.items():
-            shape: Any = state.get(f"shape/{name}")
-            if f"mask/{name}" in state and (not isinstance(shape, Tensor) or shape.tolist() != list(mask.shape)):
-                there = tuple(shape.tolist()) if isinstance(shape, Tensor) else shape
-                raise FileError(
-                    f"masks are of another network: layer {name!r} has shape {there} there and {tuple(mask.shape)} here"
-                )
-        zeros = {
-            name: unpack(state[f"floor/{name}"], (layer.n_units,), name)
-            for name, layer in self._layers.items()
-            if isinstance(state.get(f"floor/{name}"), Tensor)
-        }
-        loaded = Masks({t.name: t.weight for t in self.targets})
-        loaded.load_state_dict({n.removeprefix("mask/"): t for n, t in state.items() if n.startswith("mask/")})
-        for name, layer in self._layers.items():
-            mask = loaded[name].view(layer.view)
-            if not torch.equal(mask, expand(units_of(mask, layer.dims), layer.view)):
-                raise FileError(
-                    f"the mask of layer {name!r} cuts through units of granularity {self.granularity.name!r}; use the "
-                    "granularity that the state is from"
-                )
-        pooled: list[int] = state["pooled"].tolist() if "pooled" in state else []
-        if len(pooled) not in (0, 3):
-            raise FileError(f"state of a sparsifier with pooled={pooled!r}, which none has; take another copy")
-        self.evidence.load_state_dict(state)
-        self._layers.masks = loaded
-        for name, layer in self._layers.items():
-            layer.masked = layer.n_units - int(torch.count_nonzero(self._layers.units(layer)))
-            layer.zeros = zeros.get(name)
-            layer.floor = 0 if layer.zeros is None else int(torch.count_nonzero(layer.zeros))
-        self._mover.forget()
-        if pooled:
-            self._mover.pooled = (pooled[0], pooled[1] or None, pooled[2])
+        load_mask_state(state, self._layers, self._mover, self.granularity.name)
 
     def release(self) -> None:
         """Lets go: masks are all True again, and weights may grow where they were masked."""
@@ -496,39 +384,3 @@ class Sparsifier:
             layer.masked = layer.floor = 0
             layer.zeros = None
         self._mover.forget()
-
-
-def _calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] | None) -> Calibration | None:
-    if isinstance(data, Calibration):
-        if loss_func is not None:
-            raise ArgumentError("loss_func beside a Calibration, which has one of its own; leave it out")
-        return data
-    if data is None:
-        if loss_func is not None:
-            raise ArgumentError("loss_func without data; give data=, batches of inputs and targets, too")
-        return None
-    return Calibration(model, data, loss_func)
-
-
-def _check_data(criterion: Criterion, calibration: Calibration | None) -> None:
-    wants = [kind for kind in criterion.needs if kind in OF_DATA]
-    if wants and calibration is None:
-        loss = " and loss_func=" if OF_LOSS & set(wants) else ""
-        raise ArgumentError(
-            f"criterion {criterion.name!r} looks at the network's {wants[0]}, which takes data; give data=, batches of "
-            f"inputs{' and targets,' if loss else ''}{loss}"
-        )
-    if OF_LOSS & set(wants) and calibration is not None and calibration.loss_func is None:
-        raise ArgumentError(
-            f"criterion {criterion.name!r} looks at the {wants[0]} of a loss; give loss_func=(output, target) → loss"
-        )
-
-
-def _check_densities(masked: list[int], shapes: list[Shape], fraction: Fraction, context: Context) -> None:
-    goal = count(fraction, sum(s.units for s in shapes))
-    good = isinstance(masked, list) and len(masked) == len(shapes)
-    if not good or sum(masked) != goal or any(not 0 <= n <= s.units for n, s in zip(masked, shapes, strict=True)):
-        raise ArgumentError(
-            f"context '{context}' gives its layers {masked!r} units to mask, and they are to be {len(shapes)} whole "
-            f"numbers that sum to {goal}, each between 0 and the layer's own"
-        )

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from gossamer.errors import ArgumentError, FileError, StateError
 from gossamer.masks import pack, unpack, zero_masked
+from gossamer.optimizers import forget
 from gossamer.sparsifier import Sparsifier
 from gossamer.storage.tensors import load_tensors, save_tensors
 from gossamer.targets import unwrapped
-from gossamer.training import SparseTraining, forget
+from gossamer.training import SparseTraining
 from gossamer.weights import check_weights, copy_of, load_weights, put_weights, tensors_of
 
 _FORMAT, _VERSION = "gossamer-ticket", 1

@@ -4,77 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from functools import partial
-from numbers import Integral
-from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.errors import ArgumentError, StateError
 from gossamer.keeping import has_zeros_beside
-from gossamer.masks import pack, unpack
-from gossamer.methods import Exchange, Method, as_method, gradual
+from gossamer.letting_go import LetGo
+from gossamer.methods import Exchange, Method, as_method, schedule_of
+from gossamer.optimizers import HasState, check_optimizer, checked_steps, optimizer_tensors
 from gossamer.report import SparsityReport
-from gossamer.rules.criteria import CRITERIA, EVIDENCE, Criterion
-from gossamer.rules.granularity import REDUCTIONS
-from gossamer.rules.normalization import NORMALIZATIONS
-from gossamer.rules.schedules import SCHEDULES, Schedule, as_schedule
+from gossamer.rules.criteria import CRITERIA
+from gossamer.rules.schedules import Schedule
+from gossamer.run_rules import VERSION, check_run_state, rules_of
 from gossamer.sparsifier import Sparsifier
-
-_VERSION = 1
-
-
-class HasState(Protocol):
-    """What is asked of an optimizer: per-parameter state, as torch.optim and fastai keep it."""
-
-    @property
-    def state(self) -> Any: ...
-
-
-def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Tensor]]:
-    """Where to find what an optimizer remembers of each weight of a parameter.
-
-    Args:
-        optimizer: a torch.optim.Optimizer, a fastai Optimizer or OptimWrapper, or None.
-
-    Returns:
-        Parameter → its floating-point state tensors of its own shape (momentum, moments, the slow weights of
-        Lookahead); a scalar step is none.
-
-    Example:
-        >>> p = torch.nn.Parameter(torch.ones(2))
-        >>> adam = torch.optim.Adam([p]); p.sum().backward(); adam.step()
-        >>> len(optimizer_tensors(adam)(p))
-        2
-    """
-    if optimizer is None:
-        return lambda _: []
-    state: Mapping[Tensor, Mapping[str, Any]] = getattr(optimizer, "opt", optimizer).state
-    slow = dict(_slow_weights(optimizer))
-
-    def tensors_of(parameter: Tensor) -> list[Tensor]:
-        entries = [*(state[parameter].values() if parameter in state else ()), slow.get(parameter)]
-        return [
-            v
-            for v in entries
-            if isinstance(v, Tensor) and v.shape == parameter.shape and v.is_floating_point() and v.ndim
-        ]
-
-    return tensors_of
-
-
-def _slow_weights(optimizer: HasState) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parameters with the averages that fastai's Lookahead keeps of them, and writes back every few steps."""
-    # In vars, since Lookahead passes on to the optimizer inside whatever is asked of it.
-    groups: Iterable[Iterable[Tensor]] | None = getattr(optimizer, "__dict__", {}).get("slow_weights")
-    if groups is not None:
-        for fast_group, slow_group in zip(cast(Any, optimizer).param_lists, groups, strict=True):
-            yield from zip(fast_group, slow_group, strict=True)
 
 
 class SparseTraining:
@@ -142,10 +90,7 @@ class SparseTraining:
         self.total_steps = self._made_for = checked_steps(total_steps)
         self.keep_zeros = keep_zeros and self.method.exchange is None
         self._from_zeros = keep_zeros
-        # False where something was masked that no longer is, and is zero still. Empty where nothing was let go.
-        self._let_go: dict[str, Tensor] = {}
-        self._freed: dict[str, Tensor] = {}  # the same, also of what has grown since, and may come to zero by itself
-        self._released_at: dict[str, int] = {}  # how often each weight had been written to when it was released
+        self._let_go = LetGo()
         self.zeros_kept = sparsifier.keep_zeros(self.targets, round_to, self.fixed) if self.keep_zeros else 0
         self.steps_done = 0
         self.progress = 0.0
@@ -274,7 +219,7 @@ class SparseTraining:
         Returns:
             Whether progress changed.
         """
-        self._note_grown()
+        self._let_go.note_grown(self.sparsifier.targets)
         progress = self.schedule(position)
         if progress >= self._floor:
             self._floor = 0.0  # the schedule has caught up, and leads from here on, down again too
@@ -283,7 +228,7 @@ class SparseTraining:
         try:
             self.progress = progress
             if changed and (progress < before or (self.round_to is not None and self.sparsifier.context.is_pooled)):
-                self._note_let_go()  # what this move frees is zero until the next step
+                self._let_go.note(self.sparsifier.masks)  # what this move frees is zero until the next step
             if changed and not self._warned:
                 self._warned = True
                 self.sparsifier.warn_unchanged(self.targets)
@@ -301,7 +246,7 @@ class SparseTraining:
         Args:
             without: layers that are left alone.
         """
-        self._note_grown()
+        self._let_go.note_grown(self.sparsifier.targets)
         self.sparsifier.apply(optimizer_tensors(self.optimizer), without)
 
     def fractions(self) -> dict[str, Fraction]:
@@ -339,15 +284,13 @@ class SparseTraining:
         """
         if self.keep_zeros:
             targets, masks = self.sparsifier.targets, self.sparsifier.masks
-            if not self._let_go or has_zeros_beside(targets, masks, self._freed):
+            if self._let_go.has_others(targets, masks):
                 self._keep_zeros()
-            elif has_zeros_beside(targets, masks, self._let_go) or any(
-                self._released_at.get(t.name, _version(t.weight)) != _version(t.weight) for t in targets
-            ):
+            elif self._let_go.may_have_others(targets, masks):
                 # Trained, and then loaded as they were before; or weights that nothing reaches, in units as they come.
                 with contextlib.suppress(ArgumentError):
                     self._keep_zeros()
-        self._let_go, self._freed, self._released_at = {}, {}, {}
+        self._let_go.forget()
 
     def _keep_zeros(self) -> None:
         kept = self.sparsifier.keep_zeros(self.targets, self.round_to, self.fixed)
@@ -360,23 +303,10 @@ class SparseTraining:
 
     def release(self) -> None:
         """Lets go of the masks: from now on every weight may grow again."""
-        self._note_let_go()
-        self._released_at = {t.name: _version(t.weight) for t in self.sparsifier.targets}
+        self._let_go.note(self.sparsifier.masks)
+        self._let_go.note_release(self.sparsifier.targets)
         self.sparsifier.release()
         self.progress, self._floor, self.zeros_kept = 0.0, 0.0, 0
-
-    def _note_let_go(self) -> None:
-        for name, mask in self.sparsifier.masks.items():
-            for noted in (self._let_go, self._freed):
-                before = noted.get(name)
-                noted[name] = mask.clone() if before is None else before.to(mask.device) & mask
-
-    @torch.no_grad()
-    def _note_grown(self) -> None:
-        for target in self.sparsifier.targets if self._let_go else ():
-            if target.name in self._let_go:
-                mask = self._let_go[target.name].to(target.weight.device)
-                self._let_go[target.name] = mask | (target.weight != 0)
 
     def report(self) -> SparsityReport:
         """What is sparse now, counted from the weights."""
@@ -389,14 +319,13 @@ class SparseTraining:
             'version', counters, progress, and 'tensors': masks (packed) and evidence by name.
         """
         return {
-            "version": _VERSION,
+            "version": VERSION,
             "steps_done": self.steps_done,
             "total_steps": self.total_steps,
             "progress": self.progress,
             "floor": self._floor,
             "rules": self._rules(),
-            "let_go": {name: pack(mask) for name, mask in self._let_go.items()},
-            "freed": {name: pack(mask) for name, mask in self._freed.items()},
+            **self._let_go.state_dict(),
             "tensors": self.sparsifier.state_dict(),
         }
 
@@ -407,16 +336,9 @@ class SparseTraining:
             FileError: a newer version, masks of another network, or a run by other rules.
         """
         self.check_state(state)
-        masks = self.sparsifier.masks
-        foreign = next((name for name in (*state["let_go"], *state["freed"]) if name not in masks), None)
-        if foreign is not None:
-            raise FileError(f"run state of another network: there is no layer {foreign!r}")
-        let_go, freed = (
-            {n: unpack(t, masks[n].shape, n).to(masks[n].device) for n, t in state[key].items()}
-            for key in ("let_go", "freed")
-        )
+        let_go = LetGo.read(state, self.sparsifier.masks)
         self.sparsifier.load_state_dict(state["tensors"])
-        self._let_go, self._freed, self._released_at = let_go, freed, {}
+        self._let_go = let_go
         self.steps_done, self.total_steps = state["steps_done"], state["total_steps"]
         self.progress, self._floor = state["progress"], state["floor"]
 
@@ -426,83 +348,11 @@ class SparseTraining:
         Raises:
             FileError: it is not, or of a newer version.
         """
-        if not isinstance(state, Mapping):
-            raise FileError(f"run state must be a dict, got {state!r}; take what state_dict() gave")
-        if state.get("version") != _VERSION:
-            raise FileError(f"run state of version {state.get('version')!r}; this Gossamer reads version {_VERSION}")
-        missing = [key for key in self.state_dict() if key not in state]
-        if missing:
-            raise FileError(f"run state without {missing[0]!r}; it is no state_dict of a SparseTraining")
-        for key, fits in _FITS.items():
-            if not fits(state[key]):
-                raise FileError(f"run state with {key}={state[key]!r}, which no run has; take another copy")
-        for rule, here in self._rules().items():
-            there = state["rules"].get(rule)
-            if there != here:
-                raise FileError(
-                    f"run state of other rules: {rule} is {there!r} there and {here!r} here; make the run as "
-                    "that one was"
-                )
+        check_run_state(state, self.state_dict(), self._rules())
 
     def _rules(self) -> dict[str, Any]:
-        sparsifier = self.sparsifier
-        return {
-            "granularity": sparsifier.granularity.name,
-            "context": str(sparsifier.context),
-            "criteria": sparsifier.criterion.name,
-            "criteria on an example": _example_scores(sparsifier.criterion),
-            "schedule": self.schedule.name,
-            "schedule at each tenth": [round(self.schedule(i / 10), 6) for i in range(11)],
-            "round_to": self.round_to,
-            "total_steps": self._made_for,
-            "skip_frozen": sparsifier.skip_frozen,
-            "seed": sparsifier.evidence.seed if "noise" in sparsifier.criterion.needs else None,
-            "sparsity": {name: f"{float(100 * fraction):.6g} %" for name, fraction in self.targets.items()},
-            # None where it is as by default, as in states from before there was a choice.
-            "every_n_steps": self.schedule.every_n_steps if self.schedule.every_n_steps > 1 else None,
-            "fixed": sorted(self.fixed) or None,
-            "reduction": _name_of(sparsifier.reduction, "mean", REDUCTIONS),
-            "normalization": _name_of(sparsifier.normalization, "none", NORMALIZATIONS),
-            "method": None if self.method == gradual else _method_rules(self.method),
-        }
-
-
-def _example_scores(criterion: Criterion) -> list[float] | None:
-    """A function of the user's own is known by its name only, which is '<lambda>' for many."""
-    weight = torch.linspace(-1.0, 1.0, 8)
-    evidence = {kind: weight.roll(i) / (i + 1) for i, kind in enumerate(EVIDENCE)}
-    evidence |= {"weight": weight, "initial": weight.flip(0) / 2, "previous": weight / 3, "noise": weight.abs()}
-    try:
-        return [round(float(score), 6) for score in criterion.score(evidence)]
-    except (RuntimeError, IndexError, ValueError, TypeError, KeyError):  # it wants a weight of more axes
-        return None
-
-
-def _name_of(rule: Any, default: str, rules: Mapping[str, Any]) -> str | None:
-    name = next((name for name, known in rules.items() if known is rule), getattr(rule, "__name__", "custom"))
-    return None if name == default else name
-
-
-def _method_rules(method: Method) -> dict[str, Any]:
-    shares = [round(method.share(step, step / 1000), 6) for step in range(1, 1001)]
-    return {
-        "name": method.name,
-        "grow": method.grow.name,
-        "initial": None if method.initial is None else method.initial.name,
-        "exchanges of a thousand steps": [[i + 1, share] for i, share in enumerate(shares) if share][:50],
-    }
-
-
-def schedule_of(schedule: Schedule | str | Callable[..., Any] | None, method: Method) -> Schedule:
-    """The schedule of a run: the one given, or else the method's own, or else 'one_cycle'.
-
-    Example:
-        >>> schedule_of(None, as_method("rigl")).name
-        'constant'
-    """
-    if schedule is not None:
-        return as_schedule(schedule)
-    return method.schedule if method.schedule is not None else SCHEDULES["one_cycle"]
+        made_for = self.targets, self.fixed, self.round_to, self._made_for
+        return rules_of(self.sparsifier, self.schedule, self.method, *made_for)
 
 
 def _check_method(method: Method, sparsifier: Sparsifier) -> None:
@@ -520,98 +370,3 @@ def _before_step(run: weakref.ref[SparseTraining], *_: Any) -> None:
     alive = run()
     if alive is not None:
         alive.before_step()
-
-
-def checked_steps(total_steps: int | None) -> int | None:
-    """A number of optimizer steps, or None.
-
-    Raises:
-        ArgumentError: it is no positive integer.
-
-    Example:
-        >>> checked_steps(3)
-        3
-    """
-    if total_steps is None:
-        return None
-    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
-        raise ArgumentError(
-            f"total_steps={total_steps!r} is no positive integer; give the optimizer steps of the whole training, "
-            "epochs × len(loader)"
-        )
-    return int(total_steps)
-
-
-def _version(weight: Tensor) -> int:
-    """How often a tensor was written to in place."""
-    return -1 if weight.is_inference() else weight._version
-
-
-def check_optimizer(optimizer: HasState | None) -> None:
-    """Makes sure that there is an optimizer, torch's or fastai's, or none.
-
-    Raises:
-        ArgumentError: it is something else.
-
-    Example:
-        >>> check_optimizer(None)
-    """
-    if optimizer is None or isinstance(getattr(getattr(optimizer, "opt", optimizer), "state", None), Mapping):
-        return
-    given = repr(optimizer) if isinstance(optimizer, str) else f"a {type(optimizer).__name__}"
-    raise ArgumentError(
-        f"optimizer is {given}, which has no state to keep zero; give the torch.optim.Optimizer itself, or None"
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value <= 1
-
-
-def _are_masks(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(m, Tensor) for m in cast("Any", value).values())
-
-
-_FITS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
-    {
-        "steps_done": _is_count,
-        "total_steps": lambda n: n is None or _is_count(n),
-        "progress": _is_fraction,
-        "floor": _is_fraction,
-        "rules": lambda rules: isinstance(rules, Mapping),
-        "tensors": lambda tensors: isinstance(tensors, Mapping),
-        "let_go": _are_masks,
-        "freed": _are_masks,
-    }
-)
-
-
-def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
-    """Drops what an optimizer remembers of parameters, as if it had never stepped.
-
-    Args:
-        optimizer: as in `optimizer_tensors`.
-        parameters: whose moments and step counts go. Settings that fastai keeps beside them stay. The slow weights of
-            Lookahead become what the parameters are now.
-
-    Example:
-        >>> p = torch.nn.Parameter(torch.ones(2))
-        >>> adam = torch.optim.Adam([p]); p.sum().backward(); adam.step(); forget(adam, [p])
-        >>> optimizer_tensors(adam)(p)
-        []
-    """
-    if optimizer is None:
-        return
-    inner = getattr(optimizer, "opt", optimizer)
-    settings: Iterable[str] = getattr(inner, "_keep_on_clear", ())
-    slow = dict(_slow_weights(optimizer))
-    for parameter in parameters:
-        if parameter in slow:
-            slow[parameter].copy_(parameter.detach())
-        if parameter in inner.state:
-            entries = inner.state[parameter]
-            inner.state[parameter] = {k: entries[k] for k in settings if k in entries}

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from gossamer.errors import ArgumentError, StateError
 from gossamer.masks import pack
+from gossamer.optimizers import HasState, optimizer_tensors
 from gossamer.rules.granularity import expand
 from gossamer.search_rates import unit_shape
 from gossamer.sparsifier import Sparsifier
 from gossamer.tickets import Ticket, ticket_of
-from gossamer.training import HasState, optimizer_tensors
 from gossamer.weights import check_weights, copy_of, put_weights
 
 

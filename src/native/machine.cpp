@@ -1,4 +1,4 @@
-// Which kernels this machine can run, and what its cache and vectors are worth.
+// Which kernels this machine runs, and what its cache and vectors are worth.
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
@@ -10,6 +10,7 @@
 #include <fstream>
 #include <string>
 
+#include "isa.h"
 #include "plan.h"
 
 namespace gossamer {
@@ -53,6 +54,19 @@ int64_t cache_size(int level, int64_t least, int64_t most, int64_t unknown) {
   return size <= 0 ? unknown : std::min(std::max(size, least), most);
 }
 
+const Kernels* kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::AVX512: return &avx512::kernels;
+    case Isa::AVX512_256: return &avx512_256::kernels;
+    case Isa::AVX2: return &avx2::kernels;
+    case Isa::BASELINE: break;
+  }
+#endif
+  (void)isa;
+  return &baseline::kernels;
+}
+
 // Nanoseconds of a float, the least of several: whatever disturbs only adds.
 double time_of(const Kernels& kernels, const float* x, int64_t floats) {
   double best = 1e300;
@@ -70,16 +84,7 @@ Machine look() {
   // Most of it, since weights pass through as well.
   m.l1 = cache_size(1, 16 << 10, 128 << 10, 32 << 10) * 7 / 8;
   m.l2 = cache_size(2, 256 << 10, 16 << 20, 1 << 20);
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq")) {
-    m.kernels.push_back(&avx512::kernels);
-    m.kernels.push_back(&avx512_256::kernels);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) m.kernels.push_back(&avx2::kernels);
-#endif
-  m.kernels.push_back(&baseline::kernels);
+  for (int32_t i = 0; i < isas().n; i++) m.kernels.push_back(kernels_of(isas().best_first[i]));
   m.costs.assign(m.kernels.size(), 1.0);
   // Some processors multiply their widest vectors in two halves. Then they gain nothing, and waste more at every edge.
   if (m.kernels.size() > 1 && m.kernels[0]->lanes == 16) {

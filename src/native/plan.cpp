@@ -76,11 +76,6 @@ int64_t GossamerPlan::items() const {
 
 int32_t gossamer_abi() { return 2; }
 
-const char* gossamer_isa(int32_t i) {
-  const auto& all = machine().kernels;
-  return i >= 0 && size_t(i) < all.size() ? all[i]->name : nullptr;
-}
-
 GossamerLayer* gossamer_layer_new(const float* weight, const float* bias, const int32_t* shape) try {
   auto layer = std::make_unique<GossamerLayer>();
   std::memcpy(&layer->s, shape, sizeof(Shape));

@@ -4,154 +4,40 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <new>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "gossamer.h"
+#include "isa.h"
+#include "order.h"
 #include "pool.h"
+#include "scores.h"
 #include "sweep.h"
 
 namespace gossamer {
 namespace {
 
-constexpr int64_t ITEM = 4 * PIECE;     // what a thread takes at a time
-constexpr int64_t SMALL = 1 << 15;      // so few units are all ordered
-constexpr int64_t SAMPLE = 1 << 12;     // at least
-constexpr uint64_t BUCKETS = 1 << 11;
-constexpr double INF = std::numeric_limits<double>::infinity(), NONE = std::numeric_limits<double>::quiet_NaN();
+constexpr int64_t ITEM = 4 * PIECE;  // what a thread takes at a time
+constexpr int64_t SMALL = 1 << 15;   // so few units are all ordered
+constexpr int64_t SAMPLE = 1 << 12;  // at least
 
-enum Kind : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, SCORES32, SCORES64, N_KINDS };
-
-constexpr Scores LOOP[] = {MAGNITUDE_HALF, MAGNITUDE_HALF, MAGNITUDE_FLOAT, MAGNITUDE_DOUBLE, GIVEN_FLOAT, GIVEN_DOUBLE};
-constexpr int32_t SIZE[] = {2, 2, 4, 8, 4, 8};
-
-const Loops* supported(int32_t i) {
-  const Loops* found[4];
-  int32_t n = 0;
+const Loops* loops_of(int32_t i) {
+  if (i < 0 || i >= isas().n) return nullptr;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
-    found[n++] = &avx512::loops, found[n++] = &avx512::loops;  // of 256 bits too, which makes no difference here
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &avx2::loops;
+  switch (isas().best_first[i]) {
+    case Isa::AVX512: case Isa::AVX512_256: return &avx512::loops;  // of 256 bits too, which makes no difference here
+    case Isa::AVX2: return &avx2::loops;
+    case Isa::BASELINE: break;
+  }
 #endif
-  found[n++] = &baseline::loops;
-  return i >= 0 && i < n ? found[i] : nullptr;
+  return &baseline::loops;
 }
 
 bool fits(const GossamerSweep& s) {
   for (int32_t t = 0; t < s.n_tensors; t++)
     if (s.sizes[t] != 1 && s.sizes[t] != 2 && s.sizes[t] != 4 && s.sizes[t] != 8) return false;
   return (s.keep || !s.n) && s.n >= 0 && s.kind >= 0 && s.kind < N_KINDS;
-}
-
-template <class To, class From>
-To as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// Magnitudes from their bits.
-double from_float16(int64_t bits) {
-  const int exponent = int(bits >> 10 & 31), fraction = int(bits & 1023);
-  if (exponent == 31) return fraction ? NONE : INF;
-  return std::ldexp(exponent ? fraction | 1024 : fraction, (exponent ? exponent : 1) - 25);
-}
-double from_bfloat16(int64_t bits) { return as<float>(int32_t(bits) << 16); }
-double from_float32(int64_t bits) { return as<float>(int32_t(bits)); }
-double from_float64(int64_t bits) { return as<double>(bits); }
-
-// Calls use(read), where read(i) is the score of element i.
-template <class F>
-void with_scores(const GossamerSweep& s, F use) {
-  const auto* half = static_cast<const int16_t*>(s.scores);
-  const auto* single = static_cast<const float*>(s.scores);
-  const auto* wide = static_cast<const double*>(s.scores);
-  switch (s.kind) {
-    case FLOAT16: return use([=](int64_t i) { return from_float16(half[i] & 0x7fff); });
-    case BFLOAT16: return use([=](int64_t i) { return from_bfloat16(half[i] & 0x7fff); });
-    case FLOAT32: return use([=](int64_t i) { return double(std::fabs(single[i])); });
-    case FLOAT64: return use([=](int64_t i) { return std::fabs(wide[i]); });
-    case SCORES32: return use([=](int64_t i) { return double(single[i]); });
-    default: return use([=](int64_t i) { return wide[i]; });
-  }
-}
-
-// The bits of the largest magnitude that is at most a number; -1 where none is.
-int64_t largest(double at_most, int64_t infinity, double (*from)(int64_t)) {
-  int64_t low = -1, high = infinity;
-  while (low < high) {
-    const int64_t middle = low + (high - low + 1) / 2;
-    if (from(middle) <= at_most) low = middle;
-    else high = middle - 1;
-  }
-  return low;
-}
-
-// Of what is at most a number, in the layer's own dtype.
-Bound up_to(int32_t kind, double end) {
-  switch (kind) {
-    case FLOAT16: return {largest(end, 0x7c00, from_float16), end};
-    case BFLOAT16: return {largest(end, 0x7f80, from_bfloat16), end};
-    case FLOAT32: return {largest(end, 0x7f800000, from_float32), end};
-    case FLOAT64: return {largest(end, 0x7ff0000000000000, from_float64), end};
-    case SCORES32: {  // as a float that is no larger
-      const float limit = std::numeric_limits<float>::max();
-      if (!(std::fabs(end) <= double(limit))) return {-1, end > 0 && end != INF ? double(limit) : end < 0 ? -INF : end};
-      const float near = float(end);
-      return {-1, double(near) <= end ? near : std::nextafter(near, -std::numeric_limits<float>::infinity())};
-    }
-    default: return {-1, end};
-  }
-}
-
-// Of what is below a number.
-Bound before(int32_t kind, double end) { return up_to(kind, end == -INF ? NONE : std::nextafter(end, -INF)); }
-
-// Doubles order like these, and -0 is 0.
-int64_t key_of(double x) {
-  const int64_t bits = as<int64_t>(x + 0.0);
-  return bits < 0 ? bits ^ std::numeric_limits<int64_t>::max() : bits;
-}
-double from_key(int64_t key) { return as<double>(key < 0 ? key ^ std::numeric_limits<int64_t>::max() : key); }
-
-// Leaves of keys between two bounds those that may be the k-th smallest, and what k is among them: the keys are counted
-// by size first. A search by compares alone takes far longer, since no processor can guess how they come out. each calls
-// what it is given for every key.
-template <class Each>
-std::vector<int64_t> close_to(const Each& each, int64_t least, int64_t most, int64_t& k) {
-  const uint64_t low = uint64_t(least), range = uint64_t(most) - low;
-  int shift = 0;
-  while (range >> shift >= BUCKETS) shift++;
-  std::vector<int64_t> counts(BUCKETS);
-  each([&](int64_t key) { counts[(uint64_t(key) - low) >> shift]++; });
-  uint64_t bucket = 0;
-  while (k >= counts[bucket]) k -= counts[bucket++];
-  std::vector<int64_t> close;
-  close.reserve(size_t(counts[bucket]));
-  each([&](int64_t key) {
-    if ((uint64_t(key) - low) >> shift == bucket) close.push_back(key);
-  });
-  return close;
-}
-
-template <class Each>
-int64_t smallest(const Each& each, int64_t least, int64_t most, int64_t k) {
-  std::vector<int64_t> keys = close_to(each, least, most, k);
-  while (keys.size() > BUCKETS) {
-    const auto [first, last] = std::minmax_element(keys.begin(), keys.end());
-    if (*first == *last) break;
-    auto each_key = [&keys](auto use) {
-      for (int64_t key : keys) use(key);
-    };
-    keys = close_to(each_key, *first, *last, k);
-  }
-  std::nth_element(keys.begin(), keys.begin() + k, keys.end());
-  return keys[size_t(k)];
 }
 
 // A piece of a layer, and what was found in it.
@@ -368,7 +254,7 @@ struct Job {
 using namespace gossamer;
 
 GOSSAMER_API int32_t gossamer_zero(const GossamerSweep* s, int32_t threads, int32_t isa) {
-  const Loops* loops = supported(isa);
+  const Loops* loops = loops_of(isa);
   if (!loops || !fits(*s)) return 1;
   try {
     GossamerSweep layer = *s;
@@ -380,7 +266,7 @@ GOSSAMER_API int32_t gossamer_zero(const GossamerSweep* s, int32_t threads, int3
 }
 
 GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa) {
-  const Loops* loops = supported(isa);
+  const Loops* loops = loops_of(isa);
   int64_t total = 0, most = 0;
   for (int64_t g = 0; g < n_groups; g++) {
     GossamerGroup& group = groups[g];
@@ -414,7 +300,7 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
         group.failed = 4;
         return;
       }
-      group.threshold = group.need > job.settled ? threshold : NONE;
+      group.threshold = group.need > job.settled ? threshold : NO_NUMBER;
       group.upper = job.upper;
       group.left = job.settled + job.found - group.need;
     } catch (const std::bad_alloc&) {

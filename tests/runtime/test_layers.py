@@ -12,10 +12,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from twins import ISAS, chain, check, error, needs_library, sparse
+from twins import ISAS, chain, check, error, needs_library, sparse, ways
 
 from gossamer import ArgumentError
-from gossamer.native import find_library
+from gossamer.native import find_library, native
 from gossamer.runtime.activations import ACTIVATIONS
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Geometry, Layer
 from gossamer.runtime.planes import Add
@@ -217,7 +217,15 @@ def test_batches_from_1_to_33(row: tuple[int, ...], isa: int) -> None:
 
 def texts(segment: Segment, x: Tensor) -> list[str]:
     """How the layers go about it where all images go through at once."""
-    return list(Program(segment.graph, [Signature(tuple(x.shape), x.ndim != 4)], 1).texts().values())
+    return list(ways(Program(segment.graph, [Signature(tuple(x.shape), x.ndim != 4)], 1)).values())
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_number_stands_for_the_instruction_set_of_that_name(isa: int) -> None:
+    layer = Layer(sparse((8, 8, 3, 3), 0.5), None, Geometry())
+    [text] = ways(Program(chain(layer).graph, [Signature((1, 8, 6, 6))], 1, isa)).values()
+    assert text.split(",")[0] == native().gossamer_isa(isa).decode()
 
 
 @needs_library

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Node
-from twins import ISAS, chain, error, needs_library
+from twins import ISAS, chain, error, needs_library, ways
 
 from gossamer.runtime.layers import Geometry, Layer
 from gossamer.runtime.planes import Add, MaxPool
@@ -101,7 +101,7 @@ def test_each_layer_says_how_it_is_run_and_each_step_how_long() -> None:
     segment = chain(conv(16, 16, 3, "relu"), MaxPool((2, 2), (2, 2), (0, 0)), conv(16, 16))
     x = torch.randn(2, 16, 12, 12)
     program = Program(segment.graph, [Signature(tuple(x.shape))], 1)
-    assert list(program.texts()) == ["0", "2"]
+    assert list(ways(program)) == ["0", "2"]
     costs = estimate(segment.graph, program.inputs, 1)
     assert list(costs) == ["0", "1", "2"]
     assert all(cost > 0 for cost in costs.values())

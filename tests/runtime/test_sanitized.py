@@ -32,7 +32,7 @@ pytestmark = [
 
 def engine(without: Iterable[str] = ()) -> list[Path]:
     """The engine's own sources; selection's are a test of their own."""
-    return [s for s in sorted(SOURCES.glob("*.cpp")) if s.stem not in ("sweep", "select", *without)]
+    return [s for s in sorted(SOURCES.glob("*.cpp")) if s.stem not in ("sweep", "select", "scores", *without)]
 
 
 def kernels(name: str, isas: Iterable[str]) -> list[tuple[Path, list[str]]]:
@@ -83,16 +83,6 @@ def test_threads_that_share_layers_and_the_pool_do_not_race(tmp_path: Path) -> N
 
 
 def test_selection_stays_inside_and_is_exact_on_any_bytes(tmp_path: Path) -> None:
-    # Which instruction sets there are, the engine says; here a few lines do, so that it need not be compiled again.
-    names = (
-        'extern "C" const char* gossamer_isa(int i) { __builtin_cpu_init(); const char* n[5] = {}; int k = 0; '
-        'if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) '
-        'n[k++] = "avx512", n[k++] = "avx512_256"; '
-        'if (__builtin_cpu_supports("avx2")) n[k++] = "avx2"; n[k++] = "baseline"; return i < k ? n[i] : nullptr; }'
-        if IS_X86
-        else 'extern "C" const char* gossamer_isa(int i) { return i ? nullptr : "baseline"; }'
-    )
-    (tmp_path / "names.cpp").write_text(names)
-    once = [SOURCES / "select.cpp", SOURCES / "pool.cpp", PROGRAMS / "select.cpp", tmp_path / "names.cpp"]
+    once = [*(SOURCES / f"{name}.cpp" for name in ("select", "scores", "isa", "pool")), PROGRAMS / "select.cpp"]
     sources = [(s, []) for s in once] + kernels("sweep.cpp", [isa for isa in ISAS if isa != "avx512_256"])
     assert "600 selections" in run(tmp_path, "address,undefined", ["-O1"], sources)

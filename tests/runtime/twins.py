@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from gossamer.native import native
+from gossamer.runtime.program import Program
 from gossamer.runtime.segment import Segment
 
 needs_library = pytest.mark.skipif(native() is None, reason="the compiled library was not built")
@@ -46,3 +48,15 @@ def check(segment: Segment, *inputs: Tensor, tolerance: float = 1e-5) -> None:
     got, want = segment(*inputs), segment.graph(*inputs)
     assert not got.isnan().any()
     assert error(got, want) <= tolerance
+
+
+def ways(program: Program) -> dict[str, str]:
+    """How each layer's kernel goes about it, in words."""
+    found: dict[str, str] = {}
+    plans = iter(program._plans)
+    for name, step in zip(program.names, program._steps, strict=True):
+        if step.plan:
+            text = ctypes.create_string_buffer(160)
+            native().gossamer_plan_text(next(plans).pointer, text, len(text))
+            found[name] = text.value.decode()
+    return found

@@ -25,7 +25,7 @@ from torchvision.models import resnet18
 from gossamer import ArgumentError, FileError, Sparsifier, contents, load, save, save_state
 from gossamer.native import native
 from gossamer.storage.encoding import Encoded, _bits, _gaps, _Native, _Plain, decode, encode
-from gossamer.storage.files import _DTYPES
+from gossamer.storage.layout import DTYPES
 
 BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,11 +77,11 @@ def test_a_tensor_becomes_these_bytes_and_comes_back(
 @given(
     n=st.integers(0, 3000),
     zeros=st.sampled_from([0, 0.3, 0.8, 0.9, 0.97, 0.998, 1]),
-    dtype=st.sampled_from(list(_DTYPES)),
+    dtype=st.sampled_from(list(DTYPES)),
     seed=st.integers(0, 99),
 )
 def test_any_bits_of_any_dtype_come_back_by_the_smaller_way(n: int, zeros: float, dtype: str, seed: int) -> None:
-    tensor = sparse(n, zeros, _DTYPES[dtype], seed)
+    tensor = sparse(n, zeros, DTYPES[dtype], seed)
     encoded = encode(tensor)
     assert same_bits(decode(encoded, (n,), tensor.dtype), tensor)
     assert encoded.index.nbytes <= -(-n // 8)  # gaps only where they take less than bits
@@ -95,7 +95,7 @@ def test_any_bits_of_any_dtype_come_back_by_the_smaller_way(n: int, zeros: float
     seed=st.integers(0, 99),
 )
 def test_compiled_and_plain_readers_agree(n: int, zeros: float, dtype: str, seed: int) -> None:
-    tensor = sparse(n, zeros, _DTYPES[dtype], seed)
+    tensor = sparse(n, zeros, DTYPES[dtype], seed)
     bits = tensor.view(BYTES[tensor.element_size()])
     alive = bits != 0
     indexes = {"bits": _bits(alive), "gaps": _gaps(np.flatnonzero(alive.numpy()), n)}
@@ -176,10 +176,10 @@ def test_a_network_comes_back_bit_for_bit_where_gossamer_is_not_needed_to_run_it
         assert list(load(save(wrapped, tmp_path / "w"))) == list(model.state_dict())
 
 
-@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zeros", [0.0, 0.95])
 def test_every_dtype_and_layout_comes_back(dtype: str, zeros: float, tmp_path: Path) -> None:
-    tensor = sparse(24 * 40, zeros, _DTYPES[dtype]).view(24, 40)
+    tensor = sparse(24 * 40, zeros, DTYPES[dtype]).view(24, 40)
     given = {
         "plain": tensor,
         "turned": tensor.t(),

@@ -102,17 +102,6 @@ class Program:
         self._steps = (Step * len(steps))(*[self._native(s) for s in steps])
         self._kept: list[Tensor] = []
 
-    def texts(self) -> dict[str, str]:
-        """How each layer's kernel goes about it, in words."""
-        texts: dict[str, str] = {}
-        plans = iter(self._plans)
-        for name, step in zip(self.names, self._steps, strict=True):
-            if step.kind == _KINDS["layer"]:
-                text = ctypes.create_string_buffer(160)
-                native().gossamer_plan_text(next(plans).pointer, text, len(text))
-                texts[name] = text.value.decode()
-        return texts
-
     def run(
         self,
         inputs: Sequence[Tensor],

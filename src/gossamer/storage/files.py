@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError, FileError, closest
-from gossamer.storage.encoding import Encoded, decode, encode
+from gossamer.errors import ArgumentError, closest
+from gossamer.storage.layout import DTYPES, HALVES, KEY, VERSION, dtype_name, expand, read, store
+from gossamer.storage.listing import FileContents, StoredTensor
 from gossamer.storage.tensors import load_tensors, save_tensors
-
-_KEY, _VERSION = "gossamer", 1
-_HALVES: Mapping[str, torch.dtype] = MappingProxyType({"fp16": torch.float16, "bf16": torch.bfloat16})
-_HEADER = 512  # bytes that must be saved, since a second entry takes some 200 in the header
-_KINDS = ("bits", "gaps")
-_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        str(dtype).removeprefix("torch."): dtype
-        for dtype in (
-            *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
-            *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
-            *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-            *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-        )
-    }
-)
 
 
 def save(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, values: str | None = None) -> Path:
@@ -88,8 +71,8 @@ def save_with(
         >>> text_of(path, "note")
         'all ones'
     """
-    if values is not None and values not in _HALVES:
-        raise ArgumentError(f"values={values!r} is no way to store values. {closest(str(values), _HALVES)}")
+    if values is not None and values not in HALVES:
+        raise ArgumentError(f"values={values!r} is no way to store values. {closest(str(values), HALVES)}")
     tensors = _tensors_of(model)
     stored: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -101,9 +84,9 @@ def save_with(
             continue
         first[key] = name
         taken = {*tensors, *stored}
-        _store(name, tensor.detach().cpu(), _HALVES.get(values or ""), stored, entries, taken)
-    header = {"version": _VERSION, "tensors": entries}
-    return save_tensors(path, stored, {_KEY: json.dumps(header, separators=(",", ":")), **more})
+        store(name, tensor.detach().cpu(), HALVES.get(values or ""), stored, entries, taken)
+    header = {"version": VERSION, "tensors": entries}
+    return save_tensors(path, stored, {KEY: json.dumps(header, separators=(",", ":")), **more})
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -127,10 +110,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         >>> load(path)
         {'w': tensor([0., 2.])}
     """
-    stored, entries = _read(path)
+    stored, entries = read(path)
     tensors: dict[str, Tensor] = {}
     for name, entry in entries.items():
-        tensors[name] = _guarded(path, name, lambda name=name, entry=entry: _expand(name, entry, stored, tensors))
+        tensors[name] = expand(path, name, entry, stored, tensors)
     return tensors
 
 
@@ -146,79 +129,6 @@ def text_of(path: str | os.PathLike[str], name: str) -> str | None:
     """
     _, metadata = load_tensors(path, copy=False)
     return metadata.get(name)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One row of a file's contents.
-
-    Args:
-        name: the tensor's.
-        shape: its shape.
-        dtype: its dtype when loaded.
-        stored: 'dense', 'bits' or 'gaps', with the values' dtype where that is another; 'same as …' where it is shared.
-        zeros: elements that are exactly 0.
-        dense_bytes: what it takes in memory; 0 where it is shared.
-        nbytes: what it takes in the file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    stored: str
-    zeros: int
-    dense_bytes: int
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def share(self) -> float:
-        """Bytes in the file in percent of those in memory."""
-        return 100 * self.nbytes / self.dense_bytes if self.dense_bytes else 0.0
-
-
-@dataclass(frozen=True)
-class FileContents:
-    """What a file holds: a row a tensor, and totals.
-
-    Args:
-        path: the file.
-        rows: one `StoredTensor` a tensor, in the file's order.
-        file_bytes: the whole file, header and all.
-    """
-
-    path: str
-    rows: tuple[StoredTensor, ...]
-    file_bytes: int
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise ArgumentError(f"no tensor {name!r} in {self.path!r}. {closest(name, (r.name for r in self.rows))}")
-
-    @property
-    def dense_bytes(self) -> int:
-        """What all tensors take in memory."""
-        return sum(r.dense_bytes for r in self.rows)
-
-    @property
-    def share(self) -> float:
-        """The file in percent of the tensors in memory."""
-        return 100 * self.file_bytes / self.dense_bytes if self.dense_bytes else 100.0
-
-    def to_json(self) -> str:
-        """Rows and totals as JSON."""
-        rows = [{**asdict(r), "share": round(r.share, 4)} for r in self.rows]
-        totals = {"path": self.path, "file_bytes": self.file_bytes, "dense_bytes": self.dense_bytes}
-        return json.dumps({**totals, "share": round(self.share, 4), "tensors": rows}, indent=2)
-
-    def __str__(self) -> str:
-        return "\n".join(_table(self))
 
 
 def contents(path: str | os.PathLike[str]) -> FileContents:
@@ -239,18 +149,18 @@ def contents(path: str | os.PathLike[str]) -> FileContents:
         >>> contents(path)["w"].stored, contents(path)["w"].zeros
         ('gaps', 4032)
     """
-    stored, entries = _read(path)
+    stored, entries = read(path)
     tensors: dict[str, Tensor] = {}
     rows: list[StoredTensor] = []
     for name, entry in entries.items():
-        tensor = _guarded(path, name, lambda name=name, entry=entry: _expand(name, entry, stored, tensors))
+        tensor = expand(path, name, entry, stored, tensors)
         tensors[name] = tensor
         parts = [stored[entry[part]] for part in ("index", "values") if part in entry]
-        dtype, how = _name(tensor), str(entry["as"])
+        dtype, how = dtype_name(tensor), str(entry["as"])
         if how == "same":
             how = f"same as {entry['of']}"
         elif parts[-1].dtype != tensor.dtype:
-            how = f"{how}, {_name(parts[-1])}"
+            how = f"{how}, {dtype_name(parts[-1])}"
         zeros = tensor.numel() - int(torch.count_nonzero(tensor)) if "float8" not in dtype else _zeros(tensor)
         size = sum(part.nbytes for part in parts)
         dense = tensor.nbytes if parts else 0
@@ -287,132 +197,6 @@ def _tensors_of(model: Any) -> dict[str, Tensor]:
             raise ArgumentError(
                 f"{name!r} is a {kind} tensor, which has no dense numbers to store; make it dense first"
             )
-        if tensor.dtype not in _DTYPES.values():
+        if tensor.dtype not in DTYPES.values():
             raise ArgumentError(f"{name!r} is of {tensor.dtype}, which safetensors cannot hold; convert it first")
     return cast("dict[str, Tensor]", dict(model))
-
-
-def _store(
-    name: str,
-    tensor: Tensor,
-    half: torch.dtype | None,
-    stored: dict[str, Tensor],
-    entries: dict[str, dict[str, Any]],
-    taken: Iterable[str],
-) -> None:
-    """Puts the smallest form of a tensor among those to be written, and what it is into the header."""
-    dtype = _name(tensor)
-    encoded = encode(tensor)
-    values: Tensor = encoded.values
-    narrow = half is not None and tensor.is_floating_point() and tensor.ndim > 1 and tensor.element_size() > 2
-    dense = tensor
-    if narrow:
-        assert half is not None
-        values, dense = _narrow(name, values, half), tensor.to(half)
-    if encoded.index.nbytes + values.nbytes + _HEADER < dense.nbytes:
-        keys = {part: _free(f"{name}:{part}", taken) for part in (encoded.kind, "values")}
-        stored[keys[encoded.kind]], stored[keys["values"]] = encoded.index, values
-        entries[name] = {
-            "as": encoded.kind,
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "index": keys[encoded.kind],
-            "values": keys["values"],
-        }
-        return
-    stored[name] = dense
-    entries[name] = {"as": "dense", "dtype": dtype, "values": name}
-
-
-def _narrow(name: str, values: Tensor, half: torch.dtype) -> Tensor:
-    narrow = values.to(half)
-    lost = torch.isfinite(values) & ~torch.isfinite(narrow)
-    if bool(lost.any()):
-        raise ArgumentError(
-            f"{name!r} has the value {float(values[lost][0]):g}, which is beyond {half}; use values='bf16', or none"
-        )
-    return narrow
-
-
-def _free(name: str, taken: Iterable[str]) -> str:
-    while name in taken:
-        name += ":"
-    return name
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """What a file stores, and its header; that of a foreign file is made up."""
-    stored, metadata = load_tensors(path, copy=False)
-    where = repr(os.fspath(path))
-    if _KEY not in metadata:
-        if "tree" in metadata:
-            raise FileError(f"{where} holds a {metadata.get('kind', 'state')}, not a network's tensors; use load_state")
-        return stored, {name: {"as": "dense", "dtype": _name(t), "values": name} for name, t in stored.items()}
-    try:
-        header: Any = json.loads(metadata[_KEY])
-        version, entries = header["version"], header["tensors"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise FileError(f"{where} has a damaged header; take another copy") from None
-    if version != _VERSION:
-        raise FileError(
-            f"{where} is of version {version!r} of the format; this Gossamer reads version {_VERSION}, so install a "
-            "newer one"
-        )
-    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
-        raise FileError(f"{where} has a damaged header; take another copy")
-    return stored, entries
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _guarded(path: Any, name: str, expand: Any) -> Tensor:
-    try:
-        return expand()
-    except (FileError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise FileError(f"{os.fspath(path)!r} is damaged: tensor {name!r} has {what}; take another copy") from None
-
-
-def _expand(name: str, entry: Mapping[str, Any], stored: Mapping[str, Tensor], done: Mapping[str, Tensor]) -> Tensor:
-    if entry["as"] == "same":
-        return done[entry["of"]]
-    dtype, values = _DTYPES[entry["dtype"]], stored[entry["values"]]
-    if values.dtype != dtype and not (values.dtype in _HALVES.values() and dtype.is_floating_point):
-        raise FileError(f"values of {values.dtype} for {dtype}")
-    if entry["as"] == "dense":
-        return values.to(dtype, copy=True)
-    if entry["as"] not in _KINDS:
-        raise FileError(f"an unknown encoding {entry['as']!r}")
-    return decode(Encoded(entry["as"], stored[entry["index"]], values), _shape(entry["shape"]), dtype)
-
-
-def _shape(sizes: Any) -> tuple[int, ...]:
-    fits = isinstance(sizes, Sequence) and not isinstance(sizes, str) and len(sizes) <= 64
-    if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in sizes):
-        raise FileError(f"the shape {str(sizes)[:80]}")
-    return tuple(sizes)
-
-
-def _table(what: FileContents) -> Iterable[str]:
-    names = [
-        (r.name, "×".join(map(str, r.shape)) or "scalar", f"dense {r.dtype}" if r.stored == "dense" else r.stored)
-        for r in what.rows
-    ]
-    titles = ("Tensor", "Shape", "Stored as")
-    widths = [max(map(len, column)) for column in zip(titles, *names, strict=True)]
-    widths[0] = max(widths[0], 15)
-
-    def line(texts: Iterable[str], zeros: str, dense: str, size: str, share: str) -> str:
-        left = "  ".join(f"{text:<{width}}" for text, width in zip(texts, widths, strict=True))
-        return f"{left} {zeros:>8} {dense:>13} {size:>13} {share:>8}"
-
-    head = line(titles, "Zeros", "In memory", "In file", "Share")
-    yield head
-    yield "-" * len(head)
-    for r, texts in zip(what.rows, names, strict=True):
-        zeros = 100 * r.zeros / r.numel if r.numel else 0.0
-        yield line(texts, f"{zeros:.2f}%", f"{r.dense_bytes:,}", f"{r.nbytes:,}", f"{r.share:.2f}%")
-    yield "-" * len(head)
-    yield line(("File and header", "", ""), "", f"{what.dense_bytes:,}", f"{what.file_bytes:,}", f"{what.share:.2f}%")

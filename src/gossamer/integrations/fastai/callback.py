@@ -31,7 +31,6 @@ from gossamer.rules.granularity import Granularity, Reduction
 from gossamer.rules.normalization import Normalization
 from gossamer.rules.schedules import Schedule
 from gossamer.targets import LayerTypes, unwrapped
-from gossamer.tickets import Lottery
 from gossamer.training import SparseTraining
 
 
@@ -129,28 +128,8 @@ class SparsifyCallback(Traceless):
         every: int | str = "epoch",
         resume: bool = False,
     ) -> None:
+        self.asked = asked = request(locals())  # which reads the arguments above by their names
         super().__init__()
-        self.asked = asked = request(
-            sparsity,
-            granularity,
-            context,
-            criteria,
-            schedule,
-            lth=lth,
-            rewind_epoch=rewind_epoch,
-            reset_end=reset_end,
-            save_tickets=save_tickets,
-            round_to=round_to,
-            layer_type=layer_type,
-            exclude=exclude,
-            seed=seed,
-            keep_zeros=keep_zeros,
-            skip_frozen=skip_frozen,
-            method=method,
-            reduction=reduction,
-            normalization=normalization,
-            data=data,
-        )
         self.sparsity, self.granularity, self.context = asked.sparsity, asked.granularity, asked.context
         self.criteria, self.schedule, self.seed = asked.criteria, asked.schedule, asked.seed
         self.lth, self.rewind_epoch = asked.lth, asked.rewind_epoch
@@ -395,9 +374,8 @@ class SparsifyCallback(Traceless):
         """
         return {
             "run": self._run().state_dict(),
-            "lottery": None if self._lottery is None else self._lottery.state_dict(),
+            **({} if self._rounds is None else self._rounds.state_dict()),
             "history": [dict(row) for row in self.history],
-            "tickets": [str(path) for path in self.tickets],
             "said": sorted(self._voice.said),
             "rewinding": self.asked.rewinding,
         }
@@ -413,13 +391,7 @@ class SparsifyCallback(Traceless):
         for key, kind in (("history", dict), ("tickets", str), ("said", str)):
             if not isinstance(state[key], list) or not all(isinstance(item, kind) for item in state[key]):
                 raise FileError(f"the state has {key} {state[key]!r}, which no run has; take another copy")
-        for name, here in self.asked.rewinding.items():
-            there = state["rewinding"].get(name)
-            if there != here:
-                raise FileError(
-                    f"the state is of a run with {name}={there!r}, and here it is {here!r}; make the callback as that "
-                    "one was"
-                )
+        self.asked.check_rewinding(state["rewinding"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` gave.
@@ -430,10 +402,9 @@ class SparsifyCallback(Traceless):
         """
         self.check_state(state)
         self._run().load_state_dict(state["run"])
-        if self._lottery is not None:
-            self._lottery.load_state_dict(state["lottery"])
+        if self._rounds is not None:
+            self._rounds.load_state_dict(state)
         self.history, self._voice.said = list(state["history"]), set(state["said"])
-        self.tickets[:] = [Path(path) for path in state["tickets"]]
 
     @property
     def tickets(self) -> list[Path]:
@@ -456,10 +427,6 @@ class SparsifyCallback(Traceless):
         return self.place.left is not None
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    @property
-    def _lottery(self) -> Lottery | None:
-        return None if self._rounds is None else self._rounds.lottery
 
     @property
     def _only_validates(self) -> bool:

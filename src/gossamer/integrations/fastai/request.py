@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.calibration import Calibration
-from gossamer.errors import ArgumentError, GossamerWarning
-from gossamer.integrations.fastai.data import BATCHES, as_data
-from gossamer.methods import Exchange, Method, as_method
+from gossamer.errors import ArgumentError, FileError, GossamerWarning
+from gossamer.integrations.fastai.data import as_data
+from gossamer.methods import Method, as_method, schedule_of
 from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target
 from gossamer.rules.criteria import OF_DATA, Criterion, as_criterion
 from gossamer.rules.granularity import Granularity, Reduction, as_granularity, as_reduction
 from gossamer.rules.normalization import Normalization, as_normalization
 from gossamer.rules.schedules import Schedule
 from gossamer.sparsifier import Sparsifier
-from gossamer.targets import LayerTypes, as_layer_types, as_patterns, resolve_sparsity
-from gossamer.training import SparseTraining, schedule_of
+from gossamer.targets import as_layer_types, as_patterns, resolve_sparsity
+from gossamer.training import SparseTraining
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a sparse fit shall do, whatever the network. The arguments are those of `SparsifyCallback`.
+    """What a sparse fit shall do, whatever the network. The arguments are those of `SparsifyCallback`, checked.
 
     Example:
-        >>> run = request(50, schedule="lin").run_on(nn.Sequential(nn.Conv2d(3, 8, 3)))
+        >>> from gossamer.integrations.fastai.callback import SparsifyCallback
+        >>> asked = SparsifyCallback(50, schedule="lin").asked
+        >>> run = asked.run_on(nn.Sequential(nn.Conv2d(3, 8, 3)))
         >>> run.move_to(1.0); run.report().zeros
         True
         108
@@ -111,49 +114,62 @@ class Request:
         names = ("lth", "reset_end", "save_tickets", "rewind_epoch")
         return {name: getattr(self, name) for name in names}
 
+    def check_rewinding(self, state: Mapping[str, Any]) -> None:
+        """Makes sure that a run agrees.
 
-def request(
-    sparsity: float | Mapping[str, float],
-    granularity: str | Granularity = "weight",
-    context: str | Context = "local",
-    criteria: str | Criterion | Callable[..., Tensor] = "large_final",
-    schedule: str | Schedule | Callable[..., Any] | None = None,
-    *,
-    lth: bool = False,
-    rewind_epoch: int = 0,
-    reset_end: bool = False,
-    save_tickets: bool = False,
-    round_to: int | None = None,
-    layer_type: LayerTypes = nn.Conv2d,
-    exclude: Iterable[str] = (),
-    seed: int = 0,
-    keep_zeros: bool = True,
-    skip_frozen: bool = False,
-    method: Method | str | Exchange | None = None,
-    reduction: str | Reduction = "mean",
-    normalization: str | Normalization = "none",
-    data: Any = BATCHES,
-) -> Request:
-    """Checks the arguments of a `SparsifyCallback`, whose constructor is what calls this.
+        Args:
+            state: what `rewinding` said of that one.
+
+        Raises:
+            FileError: it does not.
+        """
+        for name, here in self.rewinding.items():
+            there = state.get(name)
+            if there != here:
+                raise FileError(
+                    f"the state is of a run with {name}={there!r}, and here it is {here!r}; make the callback as that "
+                    "one was"
+                )
+
+
+_READ: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "sparsity": lambda sparsity: dict(sparsity) if isinstance(sparsity, Mapping) else sparsity,
+        "granularity": as_granularity,
+        "context": as_context,
+        "criteria": as_criterion,
+        "layer_type": as_layer_types,
+        "exclude": as_patterns,
+        "method": as_method,
+        "reduction": as_reduction,
+        "normalization": as_normalization,
+        "data": as_data,
+    }
+)
+"""What makes of an argument the value that a request holds; the others are held as they are given."""
+
+
+def request(given: Mapping[str, Any]) -> Request:
+    """Checks the arguments of a `SparsifyCallback`, whose constructor is what calls this, and says what they are.
+
+    Args:
+        given: name → argument, for each of a request's fields; what else there is belongs to the callback alone.
 
     Raises:
         ArgumentError: one that cannot be used, whatever the network.
-
-    Example:
-        >>> request(50, granularity="filter").granularity.name
-        'filter'
     """
-    sparsity = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
-    how = as_method(method)
-    rules = as_granularity(granularity), as_context(context), as_criterion(criteria), schedule_of(schedule, how)
-    context = rules[1]
+    method = as_method(given["method"])
+    read: dict[str, Callable[[Any], Any]] = {**_READ, "schedule": lambda schedule: schedule_of(schedule, method)}
+    held = {f.name: read[f.name](given[f.name]) if f.name in read else given[f.name] for f in fields(Request)}
+    asked = Request(**held)
+    sparsity, context = asked.sparsity, asked.context
     if isinstance(sparsity, dict):
         named = {name: percent for name, percent in sparsity.items() if name != "*" or not context.is_shared}
         if named or not sparsity:
             resolve_sparsity(named, ["", *(str(name) for name in named)])  # names wait for the network
     for name, percent in sparsity.items() if isinstance(sparsity, dict) else [("*", sparsity)]:
         check_target(as_fraction(percent), context if name == "*" or not context.is_shared else Context("local"))
-    check_round_to(round_to, context)
+    check_round_to(asked.round_to, context)
     most = max(sparsity.values(), default=0) if isinstance(sparsity, dict) else sparsity
     if 0 < most < 1:
         warnings.warn(
@@ -166,32 +182,16 @@ def request(
             f"a sparsity for each layer needs context='local'; with '{context}' give one number, or add '*' for "
             "what the layers that are not named reach together"
         )
-    if lth and how.exchange is not None:
+    if asked.lth and asked.method.exchange is not None:
         raise ArgumentError(
-            f"lth=True rewinds after each round of pruning, and method {how.name!r} has no rounds; leave one of them "
-            "out"
+            f"lth=True rewinds after each round of pruning, and method {asked.method.name!r} has no rounds; leave one "
+            "of them out"
         )
+    rewind_epoch = asked.rewind_epoch
     if isinstance(rewind_epoch, bool) or not isinstance(rewind_epoch, int) or rewind_epoch < 0:
         raise ArgumentError(f"rewind_epoch={rewind_epoch!r} is no epoch; epochs count from 0")
-    if rewind_epoch and not (lth or reset_end or save_tickets):
+    if rewind_epoch and not (asked.lth or asked.reset_end or asked.save_tickets):
         raise ArgumentError(
             f"rewind_epoch={rewind_epoch} has nothing to rewind; add lth=True, reset_end=True or save_tickets=True"
         )
-    return Request(
-        sparsity,
-        *rules,
-        lth,
-        rewind_epoch,
-        reset_end,
-        save_tickets,
-        round_to,
-        as_layer_types(layer_type),
-        as_patterns(exclude),
-        seed,
-        keep_zeros,
-        skip_frozen,
-        how,
-        as_reduction(reduction),
-        as_normalization(normalization),
-        as_data(data),
-    )
+    return asked

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gossamer.integrations.fastai.place import Place
 from gossamer.integrations.fastai.request import Request
@@ -72,3 +74,18 @@ class Rounds:
         if self._asked.reset_end and self.lottery is not None and self.lottery.has_snapshot:
             self.lottery.rewind()
             self._voice.say(f"Weights reset to those of epoch {self.lottery.epoch}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights to rewind to, what is done, and the tickets."""
+        lottery = None if self.lottery is None else self.lottery.state_dict()
+        return {"lottery": lottery, "tickets": [str(path) for path in self.tickets]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            FileError: it is of another network.
+        """
+        if self.lottery is not None:
+            self.lottery.load_state_dict(state["lottery"])
+        self.tickets[:] = [Path(path) for path in state["tickets"]]

@@ -1,0 +1,125 @@
+"""What does an optimizer remember of a weight? And how many steps does it make?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from gossamer.errors import ArgumentError
+
+
+class HasState(Protocol):
+    """What is asked of an optimizer: per-parameter state, as torch.optim and fastai keep it."""
+
+    @property
+    def state(self) -> Any: ...
+
+
+def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Tensor]]:
+    """Where to find what an optimizer remembers of each weight of a parameter.
+
+    Args:
+        optimizer: a torch.optim.Optimizer, a fastai Optimizer or OptimWrapper, or None.
+
+    Returns:
+        Parameter → its floating-point state tensors of its own shape (momentum, moments, the slow weights of
+        Lookahead); a scalar step is none.
+
+    Example:
+        >>> import torch
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> adam = torch.optim.Adam([p]); p.sum().backward(); adam.step()
+        >>> len(optimizer_tensors(adam)(p))
+        2
+    """
+    if optimizer is None:
+        return lambda _: []
+    state: Mapping[Tensor, Mapping[str, Any]] = getattr(optimizer, "opt", optimizer).state
+    slow = dict(_slow_weights(optimizer))
+
+    def tensors_of(parameter: Tensor) -> list[Tensor]:
+        entries = [*(state[parameter].values() if parameter in state else ()), slow.get(parameter)]
+        return [
+            v
+            for v in entries
+            if isinstance(v, Tensor) and v.shape == parameter.shape and v.is_floating_point() and v.ndim
+        ]
+
+    return tensors_of
+
+
+def _slow_weights(optimizer: HasState) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters with the averages that fastai's Lookahead keeps of them, and writes back every few steps."""
+    # In vars, since Lookahead passes on to the optimizer inside whatever is asked of it.
+    groups: Iterable[Iterable[Tensor]] | None = getattr(optimizer, "__dict__", {}).get("slow_weights")
+    if groups is not None:
+        for fast_group, slow_group in zip(cast(Any, optimizer).param_lists, groups, strict=True):
+            yield from zip(fast_group, slow_group, strict=True)
+
+
+def check_optimizer(optimizer: HasState | None) -> None:
+    """Makes sure that there is an optimizer, torch's or fastai's, or none.
+
+    Raises:
+        ArgumentError: it is something else.
+
+    Example:
+        >>> check_optimizer(None)
+    """
+    if optimizer is None or isinstance(getattr(getattr(optimizer, "opt", optimizer), "state", None), Mapping):
+        return
+    given = repr(optimizer) if isinstance(optimizer, str) else f"a {type(optimizer).__name__}"
+    raise ArgumentError(
+        f"optimizer is {given}, which has no state to keep zero; give the torch.optim.Optimizer itself, or None"
+    )
+
+
+def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
+    """Drops what an optimizer remembers of parameters, as if it had never stepped.
+
+    Args:
+        optimizer: as in `optimizer_tensors`.
+        parameters: whose moments and step counts go. Settings that fastai keeps beside them stay. The slow weights of
+            Lookahead become what the parameters are now.
+
+    Example:
+        >>> import torch
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> adam = torch.optim.Adam([p]); p.sum().backward(); adam.step(); forget(adam, [p])
+        >>> optimizer_tensors(adam)(p)
+        []
+    """
+    if optimizer is None:
+        return
+    inner = getattr(optimizer, "opt", optimizer)
+    settings: Iterable[str] = getattr(inner, "_keep_on_clear", ())
+    slow = dict(_slow_weights(optimizer))
+    for parameter in parameters:
+        if parameter in slow:
+            slow[parameter].copy_(parameter.detach())
+        if parameter in inner.state:
+            entries = inner.state[parameter]
+            inner.state[parameter] = {k: entries[k] for k in settings if k in entries}
+
+
+def checked_steps(total_steps: int | None) -> int | None:
+    """A number of optimizer steps, or None.
+
+    Raises:
+        ArgumentError: it is no positive integer.
+
+    Example:
+        >>> checked_steps(3)
+        3
+    """
+    if total_steps is None:
+        return None
+    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
+        raise ArgumentError(
+            f"total_steps={total_steps!r} is no positive integer; give the optimizer steps of the whole training, "
+            "epochs × len(loader)"
+        )
+    return int(total_steps)
