@@ -85,8 +85,8 @@ class Sparsifier:
         self.reduction, self.normalization = as_reduction(reduction), as_normalization(normalization)
         if self.context.normalization:
             self.normalization = as_normalization(self.context.normalization)
-        self.calibration = _calibration(self.model, data, loss_func)
-        _check_data(self.criterion, self.calibration)
+        self.calibration = as_calibration(self.model, data, loss_func)
+        check_data(self.criterion, self.calibration)
         self._layers = Layers(
             self.model,
             self.targets,
@@ -394,7 +394,7 @@ class Sparsifier:
         Raises:
             ArgumentError: there is not.
         """
-        _check_data(criterion, self.calibration)
+        check_data(criterion, self.calibration)
 
     def put_mask(self, layer: str, mask: Tensor) -> None:
         """Puts a mask of single weights in place, and zeroes what it masks.
@@ -498,7 +498,21 @@ class Sparsifier:
         self._mover.forget()
 
 
-def _calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] | None) -> Calibration | None:
+def as_calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] | None) -> Calibration | None:
+    """Data for criteria from whatever a user may give; None where none was given.
+
+    Args:
+        model: the network that it is run through, unless it says so itself.
+        data: batches, see `Calibration`, or a `Calibration`.
+        loss_func: (output, target) → loss.
+
+    Raises:
+        ArgumentError: something that cannot be used, or a loss that there is no data for.
+
+    Example:
+        >>> as_calibration(nn.Linear(2, 1), torch.ones(4, 2), None).loss_func is None
+        True
+    """
     if isinstance(data, Calibration):
         if loss_func is not None:
             raise ArgumentError("loss_func beside a Calibration, which has one of its own; leave it out")
@@ -510,7 +524,15 @@ def _calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] |
     return Calibration(model, data, loss_func)
 
 
-def _check_data(criterion: Criterion, calibration: Calibration | None) -> None:
+def check_data(criterion: Criterion, calibration: Calibration | None) -> None:
+    """Makes sure that there is the data, and the loss, that a criterion looks at.
+
+    Raises:
+        ArgumentError: there is not.
+
+    Example:
+        >>> check_data(as_criterion("large_final"), None)
+    """
     wants = [kind for kind in criterion.needs if kind in OF_DATA]
     if wants and calibration is None:
         loss = " and loss_func=" if OF_LOSS & set(wants) else ""

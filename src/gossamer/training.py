@@ -450,7 +450,7 @@ class SparseTraining:
             "granularity": sparsifier.granularity.name,
             "context": str(sparsifier.context),
             "criteria": sparsifier.criterion.name,
-            "criteria on an example": _example_scores(sparsifier.criterion),
+            "criteria on an example": example_scores(sparsifier.criterion),
             "schedule": self.schedule.name,
             "schedule at each tenth": [round(self.schedule(i / 10), 6) for i in range(11)],
             "round_to": self.round_to,
@@ -467,8 +467,13 @@ class SparseTraining:
         }
 
 
-def _example_scores(criterion: Criterion) -> list[float] | None:
-    """A function of the user's own is known by its name only, which is '<lambda>' for many."""
+def example_scores(criterion: Criterion) -> list[float] | None:
+    """What tells two criteria of one name apart: a user's own is known by its name only, '<lambda>' for many.
+
+    Example:
+        >>> example_scores(CRITERIA["large_final"])[:2]
+        [1.0, 0.714286]
+    """
     weight = torch.linspace(-1.0, 1.0, 8)
     evidence = {kind: weight.roll(i) / (i + 1) for i, kind in enumerate(EVIDENCE)}
     evidence |= {"weight": weight, "initial": weight.flip(0) / 2, "previous": weight / 3, "noise": weight.abs()}

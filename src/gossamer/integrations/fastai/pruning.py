@@ -14,7 +14,8 @@ from gossamer.errors import ArgumentError, StateError
 from gossamer.integrations.fastai.followers import Announcer, SparsityMetric, Traceless, is_sparsifier
 from gossamer.integrations.fastai.keeper import KeepSparse
 from gossamer.integrations.fastai.span import Span, fine_tune_epochs, is_within_fit, next_span
-from gossamer.pruning.pruner import Pruner, as_filter_types
+from gossamer.pruning.filters import as_filter_types
+from gossamer.pruning.pruner import Pruner
 from gossamer.pruning.report import PruningReport
 from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to
 from gossamer.rules.criteria import Criterion, as_criterion
