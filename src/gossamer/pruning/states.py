@@ -82,6 +82,7 @@ def rules_of(pruner: Pruner) -> dict[str, Any]:
     schedule, criterion = pruner.schedule, pruner.criterion
     return {
         "context": str(pruner.context),
+        "normalization": pruner.context.normalization,
         "criteria": criterion.name,
         "criteria on an example": example_scores(criterion),
         "schedule": schedule.name,
