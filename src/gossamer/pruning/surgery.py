@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from gossamer.pruning.attention import head_count, heads_of, loosen, set_heads
 from gossamer.pruning.graph import BOTH, HEADS, IN, OUT, Group, is_depthwise
 from gossamer.training import HasState, optimizer_tensors
+from gossamer.weights import remember
 
 Slice = Callable[[Tensor], Tensor]
 """A tensor of a parameter's shape → what is left of it."""
@@ -94,39 +95,6 @@ class Surgeon:
         for parameter, cut in slices_of(module, side, keep):
             narrow(parameter, cut, optimizer, also)
         _write_sizes(module, side, keep)
-
-
-def remember(model: nn.Module) -> Callable[[], None]:
-    """A function that puts a network back as it is now: values, shapes, and what its layers say of themselves.
-
-    Args:
-        model: the network; its parameters stay the same objects.
-
-    Example:
-        >>> net = nn.Linear(3, 1); put_back = remember(net)
-        >>> narrow(net.weight, lambda t: t[:, :2]); net.in_features = 2
-        >>> put_back(); net.weight.shape, net.in_features
-        (torch.Size([1, 3]), 3)
-    """
-    own = ("_parameters", "_buffers", "_modules")
-    layers = [
-        (m, type(m), {k: v for k, v in vars(m).items() if k not in own}, dict(m._buffers)) for m in model.modules()
-    ]
-    tensors = [(t, t.data, t.detach().clone(), t.grad) for t in (*model.parameters(), *model.buffers())]
-
-    def put_back() -> None:
-        for module, kind, settings, buffers in layers:
-            module.__class__ = kind
-            vars(module).update(settings)
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for tensor, data, values, gradient in tensors:
-                tensor.grad = None
-                tensor.data = data
-                tensor.copy_(values)
-                tensor.grad = gradient
-
-    return put_back
 
 
 def narrow(parameter: nn.Parameter, cut: Slice, optimizer: HasState | None = None, also: Any = lambda *_: None) -> None:
