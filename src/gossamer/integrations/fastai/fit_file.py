@@ -149,6 +149,11 @@ class FitFile:
         self._state: dict[str, Any] | None = None
         self._before: dict[str, dict[str, str]] = {}  # what other callbacks carried
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is something to go on from."""
+        return self._state is not None
+
     def end(self) -> None:
         """Takes note that a fit has come to its end, so that the next one may write over the file."""
         self._is_done = self._state is None or self._state["fit"] <= self._fit  # else what it holds is still to come
