@@ -80,9 +80,11 @@ class Choice:
         """Warns where competing groups have left one of them next to nothing."""
         found = thin(self.groups, self.kept) if self._context.is_pooled else []
         if found:
+            kept = sum(int(k.sum()) for k in self.kept) / sum(g.n_units for g in self.groups)
             warnings.warn(
                 f"context '{self._context}' leaves layers nearly empty: {', '.join(found)} filters; "
-                "Context('global', ceiling=90) bounds it, or take Context('global', normalization='mean'), or 'local'",
+                f"Context('global', ceiling={100 - 50 * kept:.0f}) bounds it, or take "
+                "Context('global', normalization='mean'), or 'local'",
                 GossamerWarning,
                 stacklevel=4,
             )
