@@ -116,5 +116,5 @@ def thin(groups: Sequence[Group], kept: Sequence[Tensor]) -> list[str]:
     return [
         f"{g.layers[0]!r} keeps {n:,} of {g.n_units:,}"
         for g, n in zip(groups, left, strict=True)
-        if n < g.n_units and n < (share / 2 if n == g.n_blocks else share / 10) * g.n_units
+        if n < g.n_units and n < (share / 2 if n == 1 else share / 10) * g.n_units
     ]
