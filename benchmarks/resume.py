@@ -36,10 +36,10 @@ from fastcore.foundation import L
 from sklearn.datasets import load_digits
 from torch import nn
 
-from gossamer.integrations.fastai import SparsifyCallback
+from gossamer.integrations.fastai import PruneCallback, SparsifyCallback
 from gossamer.rules.schedules import iterative
 
-KINDS = ("plain", "adamw", "one_cycle", "fine_tune", "lottery", "change", "busy")
+KINDS = ("plain", "adamw", "one_cycle", "fine_tune", "lottery", "change", "busy", "prune", "prune_data", "prune_tune")
 
 
 class Noise:
@@ -90,9 +90,9 @@ def train(kind: str, folder: Path, kill_at: int, epochs: int) -> None:
         nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 10)),
     )
     options: dict[str, Any] = {}
-    if kind == "adamw":
+    if kind in ("adamw", "prune_tune"):
         options["opt_func"] = lambda params, **kwargs: OptimWrapper(params, torch.optim.AdamW)
-    if kind in ("fine_tune", "one_cycle"):
+    if kind in ("fine_tune", "one_cycle", "prune_tune"):
         options["splitter"] = lambda model: [list(part.parameters()) for part in model]
     learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=folder, **options)
     rules: dict[str, Any] = {"sparsity": 80}
@@ -102,7 +102,14 @@ def train(kind: str, folder: Path, kill_at: int, epochs: int) -> None:
         rules |= {"criteria": "updating_movmag", "context": "global"}
     if kind == "adamw":
         rules |= {"granularity": "filter", "schedule": "cos"}
-    sparse = SparsifyCallback(**rules, checkpoint=folder / "run.safetensors", resume=True)
+    file: dict[str, Any] = {"checkpoint": folder / "run.safetensors", "resume": True}
+    if kind.startswith("prune"):
+        rules = {"sparsity": 50, "schedule": "agp"}
+        if kind == "prune_data":  # batches are drawn anew whenever filters go
+            rules |= {"context": "global", "criteria": "taylor", "data": 2}
+        if kind == "prune_tune":
+            rules |= {"criteria": "movmag"}
+    sparse = (PruneCallback if kind.startswith("prune") else SparsifyCallback)(**rules, **file)
     callbacks: list[Callback] = [sparse]
     if kill_at:
         callbacks.append(KillAt(kill_at))
@@ -110,17 +117,20 @@ def train(kind: str, folder: Path, kill_at: int, epochs: int) -> None:
         callbacks += [MixUp(), GradientAccumulation(80), ReduceLROnPlateau(patience=0), SaveModelCallback("accuracy")]
     with recorded() as text, learn.no_bar():
         learn.logger = lambda row: print([round(v, 6) if isinstance(v, float) else v for v in list(row)[:-1]])
-        if kind == "fine_tune":
+        if kind in ("fine_tune", "prune_tune"):
             learn.fine_tune(epochs - 2, freeze_epochs=2, cbs=callbacks)
         elif kind == "one_cycle":
             learn.fit_one_cycle(epochs, 1e-2, cbs=callbacks)
         else:
             learn.fit(epochs, 1e-2, cbs=callbacks)
-    assert sparse.sparse is not None
-    masks = sparse.sparse.sparsifier.masks
+    if isinstance(sparse, PruneCallback):
+        masks = sparse.state_dict()["pruner"]["kept"]
+    else:
+        assert sparse.sparse is not None
+        masks = dict(sparse.sparse.sparsifier.masks)
     recorder = learn.recorder
     print("weights", digest(learn.model.state_dict()))
-    print("masks", digest(dict(masks)))
+    print("masks", digest(masks))
     print("optimizer", digest(learn.opt.state_dict()))
     print("recorder", digest([[float(v) for v in recorder.losses], list(map(float, recorder.lrs)), recorder.iters]))
     print("values", digest([list(row) for row in recorder.values]))
@@ -190,7 +200,7 @@ def main() -> None:
             want, got = (dict(line.split() for line in text.splitlines()) for text in (whole, out))
             lines = [(Path(f) / "lines.txt").read_text().replace(f, "").splitlines() for f in (one, other)]
             # What a process prints after it went on must be how the whole run's output ends; the first line is its own.
-            rest = [line for line in lines[1] if not line.startswith("Pruning of")]
+            rest = [line for line in lines[1] if not line.startswith(("Pruning of", "Pruning filters"))]
             same = {name: want[name] == got[name] for name in want}
             same["lines"] = bool(rest) and lines[0][-len(rest) :] == rest
             failed |= not all(same.values())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from gossamer.calibration import Calibration, n_ranks, over_ranks, undisturbed
@@ -132,7 +133,8 @@ def hessian_gradients(calibration: Calibration, targets: Sequence[Target]) -> Ga
     weights = [t.weight for t in targets]
     first = gradients(calibration, targets)
     sums, n = [torch.zeros_like(widen(w.detach())) for w in weights], 0
-    with undisturbed(calibration.model, evaluate=False), _wanting_gradients(weights):
+    # Of all of PyTorch's ways to compute attention only this one has a second derivative.
+    with undisturbed(calibration.model, False), _wanting_gradients(weights), sdpa_kernel(SDPBackend.MATH):
         for batch in calibration:
             found = torch.autograd.grad(calibration.loss(batch), weights, create_graph=True, allow_unused=True)
             product = torch.stack(

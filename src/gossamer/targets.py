@@ -55,14 +55,24 @@ class Target:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter itself, looked up anew, so that a model may move or be wrapped in between."""
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return weight_of(self.module)
 
     @property
     def type(self) -> str:
         """The layer's type as the report shows it."""
         return type(self.module).__name__
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The weight of a layer; of nn.MultiheadAttention that of its queries, keys and values.
+
+    Example:
+        >>> weight_of(nn.MultiheadAttention(4, 2)).shape
+        torch.Size([12, 4])
+    """
+    weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -89,6 +89,39 @@ def copy_of(model: nn.Module) -> dict[str, Tensor]:
         ['bias', 'weight']
     """
     return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+
+
+def remember(model: nn.Module) -> Callable[[], None]:
+    """A function that puts a network back as it is now: values, shapes, and what its layers say of themselves.
+
+    Args:
+        model: the network; its parameters stay the same objects.
+
+    Example:
+        >>> net = nn.Linear(3, 1); put_back = remember(net)
+        >>> net.weight.data = torch.ones(1, 2); net.in_features = 2
+        >>> put_back(); net.weight.shape, net.in_features
+        (torch.Size([1, 3]), 3)
+    """
+    own = ("_parameters", "_buffers", "_modules")
+    layers = [
+        (m, type(m), {k: v for k, v in vars(m).items() if k not in own}, dict(m._buffers)) for m in model.modules()
+    ]
+    tensors = [(t, t.data, t.detach().clone(), t.grad) for t in (*model.parameters(), *model.buffers())]
+
+    def put_back() -> None:
+        for module, kind, settings, buffers in layers:
+            module.__class__ = kind
+            vars(module).update(settings)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, data, values, gradient in tensors:
+                tensor.grad = None
+                tensor.data = data
+                tensor.copy_(values)
+                tensor.grad = gradient
+
+    return put_back
 
 
 def not_finite(model: nn.Module) -> str | None:

@@ -20,12 +20,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from gossamer.companions import find_norms
 from gossamer.errors import ArgumentError, StateError
+from gossamer.optimizers import HasState
 from gossamer.pruning.constants import Reading, constant_inputs
 from gossamer.pruning.graph import HEADS, IN, OUT, Group, Member, find_groups
 from gossamer.pruning.inputs import as_inputs, outputs_of, twin_of
 from gossamer.pruning.report import LayerPruning, PruningReport, count_macs, count_params, listed
 from gossamer.pruning.surgery import Surgeon
-from gossamer.training import HasState
 
 _TOLERANCE = 1e-4
 

@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from gossamer.optimizers import HasState, optimizer_tensors
 from gossamer.pruning.attention import head_count, heads_of, loosen, set_heads
 from gossamer.pruning.graph import BOTH, HEADS, IN, OUT, Group, is_depthwise
-from gossamer.training import HasState
+from gossamer.weights import remember
 
 Slice = Callable[[Tensor], Tensor]
 """A tensor of a parameter's shape → what is left of it."""
@@ -69,6 +70,17 @@ class Surgeon:
         for name, after in counts.items():
             _write_heads(self.model.get_submodule(name), self._first_group(name), after)
 
+    def remember(self) -> Callable[[], None]:
+        """A function that puts the network back as it is now, the shapes too, and the count of what is left."""
+        network = remember(self.model)
+        kept, axes = [k.clone() for k in self.kept], {axis: alive.clone() for axis, alive in self.axes.items()}
+
+        def put_back() -> None:
+            network()
+            self.kept, self.axes = kept, axes
+
+        return put_back
+
     def _first_group(self, heads: str) -> Group:
         return next(g for g in self.groups if g.heads == heads)
 
@@ -103,6 +115,8 @@ def narrow(parameter: nn.Parameter, cut: Slice, optimizer: HasState | None = Non
     also(parameter, cut)
     shape = parameter.shape
     with torch.no_grad():
+        for tensor in optimizer_tensors(optimizer)(parameter):
+            tensor.data = cut(tensor)
         state: Mapping[Tensor, Any] = {} if optimizer is None else getattr(optimizer, "opt", optimizer).state
         entries: MutableMapping[str, Any] = state.get(parameter, {})
         for key, value in entries.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -405,6 +406,14 @@ class SparsifyCallback(Traceless):
         if self._rounds is not None:
             self._rounds.load_state_dict(state)
         self.history, self._voice.said = list(state["history"]), set(state["said"])
+
+    def remember(self) -> Function[[], None]:
+        """A function that puts the run back as it is now; the weights are somebody else's."""
+        state = copy.deepcopy(self.state_dict())
+        return lambda: self.load_state_dict(state)
+
+    def reshape(self, state: Mapping[str, Any]) -> None:
+        """Leaves the network's shapes as they are: masks change none."""
 
     @property
     def tickets(self) -> list[Path]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from torch import nn
@@ -25,14 +26,49 @@ from gossamer.integrations.fastai.checkpoint import (
     restore_training,
 )
 from gossamer.integrations.fastai.followers import is_sparsifier
+from gossamer.integrations.fastai.span import Span
 from gossamer.storage.states import load_state, save_state
 from gossamer.targets import unwrapped
-from gossamer.weights import load_weights, not_finite
+from gossamer.weights import load_weights, not_finite, remember
 
 if TYPE_CHECKING:
     from gossamer.integrations.fastai.callback import SparsifyCallback
 
 KIND = "checkpoint of a fastai fit"
+
+
+class Owner(Protocol):
+    """What is asked of a callback whose fit is kept in a file."""
+
+    @property
+    def span(self) -> Span:
+        """Which epochs of the schedule this fit is."""
+        ...
+
+    @property
+    def epoch_now(self) -> int:
+        """This fit's epoch, from 0."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the run but the weights and the optimizer."""
+        ...
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises a FileError where a state is of another run."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        ...
+
+    def reshape(self, state: Mapping[str, Any]) -> None:
+        """Gives the network the shapes that it has in a state."""
+        ...
+
+    def remember(self) -> Callable[[], None]:
+        """A function that puts the run back as it is now, once the network is as it was."""
+        ...
 
 
 def as_epochs(every: int | str) -> int:
@@ -65,8 +101,16 @@ def as_path(path: Any, what: str) -> Path | None:
     return None if path is None else Path(path)
 
 
-def fit_file(checkpoint: str | Path | None, every: int | str, resume: bool) -> FitFile | None:
+def fit_file(
+    checkpoint: str | Path | None, every: int | str, resume: bool, of: str = "SparsifyCallback"
+) -> FitFile | None:
     """The file that a callback's arguments ask for, if any.
+
+    Args:
+        checkpoint: its path.
+        every: 'epoch', or after every how many epochs it is written.
+        resume: whether to go on from it, where it is there.
+        of: what kind of callback asks.
 
     Raises:
         ArgumentError: one that cannot be used, or that has no file to go with.
@@ -82,27 +126,33 @@ def fit_file(checkpoint: str | Path | None, every: int | str, resume: bool) -> F
     path, epochs = as_path(checkpoint, "checkpoint"), as_epochs(every)
     if path is None and epochs > 1:
         raise ArgumentError(f"every={epochs} has no file to write; name it: checkpoint='run.safetensors'")
-    return None if path is None else FitFile(path, every, resume)
+    return None if path is None else FitFile(path, every, resume, of)
 
 
 class FitFile:
-    """Where a SparsifyCallback's fit is kept, and from where it goes on.
+    """Where a callback's fit is kept, and from where it goes on.
 
     Args:
         path: the file.
         every: 'epoch', or after every how many epochs it is written.
         resume: whether to go on from it, where it is there.
+        of: what kind of callback it is; a file of another kind is refused.
 
     Raises:
         ArgumentError: `every` is neither.
     """
 
-    def __init__(self, path: Path, every: int | str, resume: bool) -> None:
-        self.path, self.every, self.resume = path, as_epochs(every), resume
+    def __init__(self, path: Path, every: int | str, resume: bool, of: str = "SparsifyCallback") -> None:
+        self.path, self.every, self.resume, self.of = path, as_epochs(every), resume, of
         self._fit = 0  # how many fits, or groups of fits that share a schedule, this callback has ended
         self._is_done = False  # whether the file holds a fit that ended, and that this callback has seen to its end
         self._state: dict[str, Any] | None = None
         self._before: dict[str, dict[str, str]] = {}  # what other callbacks carried
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is something to go on from."""
+        return self._state is not None
 
     def end(self) -> None:
         """Takes note that a fit has come to its end, so that the next one may write over the file."""
@@ -143,6 +193,12 @@ class FitFile:
         )
         if lacking is not None:
             raise FileError(f"the checkpoint {name} lacks {lacking!r}; take another copy")
+        of = state.get("callback", "SparsifyCallback")  # which files from before there were others do not say
+        if of != self.of:
+            raise FileError(
+                f"the checkpoint {name} is of a fit with a {of}, and this one has a {self.of}; name another file, or "
+                "give the fit the callback that it had"
+            )
         for key, at_least in (("fit", 0), ("total", 1), ("epoch", 1)):
             value = state[key]
             good = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
@@ -157,11 +213,11 @@ class FitFile:
             )
         self._state = state
 
-    def attach(self, callback: SparsifyCallback, learn: Learner, anew: bool = False) -> str:
+    def attach(self, callback: Owner, learn: Learner, anew: bool = False) -> str:
         """Puts back what is done, now, so that nothing starts from a network that is about to be replaced.
 
         Args:
-            callback: whose fit it is; its run is made.
+            callback: whose fit it is; its run is made, unless `reshape` makes it.
             learn: which gets the callbacks that skip what is done, and write.
             anew: whether this fit was broken off before, so that its beginning is put back too.
 
@@ -191,53 +247,80 @@ class FitFile:
             left = "all is done" if span.done + here == span.total else "this fit is done, and the next goes on"
             said = f"Going on from {self.path}: " + (f"epoch {skip} is next" if skip < here else left)
         elif state is not None and done > here:  # what comes between two fits shall not see untrained weights
-            load_weights(
-                unwrapped(cast(nn.Module, learn.model)), state["learner"]["model"], f"the checkpoint {self.path}"
-            )
+            self._put_weights_back(callback, learn, state)
 
         def begin() -> None:
             self._before = {**fingerprints(learn), **self._before}  # as they were before any fit of this file
             warn_of_the_rest(learn)
 
-        learn.add_cb(Resume([callback, *_others(callback, learn)], begin, skip, restore))
+        mine = cast(Callback, callback)
+        learn.add_cb(Resume([mine, *_others(callback, learn)], begin, skip, restore))
         if not rank_distrib():
-            learn.add_cb(Checkpointer(callback, self.path, lambda: self._save(callback, learn), self.every))
+            learn.add_cb(Checkpointer(mine, self.path, lambda: self._save(callback, learn), self.every))
         return said
 
-    def _put_back(self, callback: SparsifyCallback, learn: Learner, state: dict[str, Any]) -> None:
-        model, opt = cast(nn.Module, learn.model), cast(Any, learn.opt)
-        before = copy.deepcopy({"model": model.state_dict(), "own": callback.state_dict()})
+    def _put_back(self, callback: Owner, learn: Learner, state: dict[str, Any]) -> None:
+        opt, others = cast(Any, learn.opt), _others(callback, learn)
         optimizer = copy.deepcopy(opt.state_dict())
-        name = f"the checkpoint {str(self.path)!r}"
-        try:
+
+        def put() -> None:
             callback.check_state(state["sparse"])
-            others = _others(callback, learn)
             for other in others:
                 other.prepare(learn)
             if len(state["others"]) != len(others):
                 raise FileError(
-                    f"{name} is of a fit with {len(state['others']) + 1} SparsifyCallbacks, and this one has "
-                    f"{len(others) + 1}; give all of them"
+                    f"the checkpoint {str(self.path)!r} is of a fit with {len(state['others']) + 1} SparsifyCallbacks, "
+                    f"and this one has {len(others) + 1}; give all of them"
                 )
             for other, there in zip(others, state["others"], strict=True):
                 other.check_state(there)
             check_rest(state["learner"])
+            callback.reshape(state["sparse"])
             restore_training(learn, state["learner"], self.path)
             callback.load_state_dict(state["sparse"])
+
+        self._all_or_nothing(callback, learn, put, lambda: opt.load_state_dict(optimizer))
+
+    def _put_weights_back(self, callback: Owner, learn: Learner, state: dict[str, Any]) -> None:
+        def put() -> None:
+            callback.reshape(state["sparse"])
+            model = unwrapped(cast(nn.Module, learn.model))
+            load_weights(model, state["learner"]["model"], f"the checkpoint {str(self.path)!r}")
+
+        self._all_or_nothing(callback, learn, put)
+
+    def _all_or_nothing(
+        self, callback: Owner, learn: Learner, put: Callable[[], None], undo: Callable[[], Any] = lambda: None
+    ) -> None:
+        """Puts something back; where that fails, all is as it was before.
+
+        Args:
+            callback: whose fit it is.
+            learn: with the network.
+            put: does it.
+            undo: for what is neither the network's nor the callback's.
+
+        Raises:
+            FileError: it failed.
+        """
+        name = f"the checkpoint {str(self.path)!r}"
+        undo_network, undo_own = remember(unwrapped(cast(nn.Module, learn.model))), callback.remember()
+        try:
+            put()
         except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            model.load_state_dict(before["model"])
-            opt.load_state_dict(optimizer)
-            callback.load_state_dict(before["own"])
+            undo_network()
+            undo()
+            undo_own()
             if isinstance(error, FileError):
                 raise FileError(str(error) if name in str(error) else f"{name}: {error}") from None
             raise FileError(f"{name} is damaged ({error!r}); take another copy") from None
 
-    def _restore_rest(self, callback: SparsifyCallback, learn: Learner, state: dict[str, Any]) -> None:
+    def _restore_rest(self, callback: Owner, learn: Learner, state: dict[str, Any]) -> None:
         for other, there in zip(_others(callback, learn), state["others"], strict=True):  # they have their runs by now
             other.load_state_dict(there)
         restore_rest(learn, state["learner"])
 
-    def _save(self, callback: SparsifyCallback, learn: Learner) -> None:
+    def _save(self, callback: Owner, learn: Learner) -> None:
         broken = not_finite(cast(nn.Module, learn.model))
         if broken is not None:
             warnings.warn(
@@ -248,6 +331,7 @@ class FitFile:
             )
             return
         state = {
+            "callback": self.of,
             "fit": self._fit,
             "total": callback.span.total,
             "epoch": callback.span.done + callback.epoch_now + 1,
@@ -258,6 +342,6 @@ class FitFile:
         save_state(self.path, state, KIND)
 
 
-def _others(callback: SparsifyCallback, learn: Learner) -> list[SparsifyCallback]:
+def _others(callback: Owner, learn: Learner) -> list[SparsifyCallback]:
     """The learner's other SparsifyCallbacks, whose state the file holds too."""
     return [cast("SparsifyCallback", cb) for cb in learn.cbs if is_sparsifier(cb) and cb is not callback]

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable as Function
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from fastai.callback.tracker import SaveModelCallback
-from fastai.learner import Learner, Metric
+from fastai.learner import Learner
 from torch import Tensor, nn
 
-from gossamer.errors import ArgumentError, StateError
-from gossamer.integrations.fastai.followers import Announcer, SparsityMetric, Traceless, is_sparsifier
+from gossamer.errors import ArgumentError, FileError, StateError
+from gossamer.integrations.fastai.additions import Additions
+from gossamer.integrations.fastai.data import BATCHES, TrainingBatches, as_data, calibration_of
+from gossamer.integrations.fastai.fit_file import fit_file
+from gossamer.integrations.fastai.followers import Traceless, is_sparsifier
 from gossamer.integrations.fastai.keeper import KeepSparse
-from gossamer.integrations.fastai.span import Span, fine_tune_epochs, is_within_fit, next_span
-from gossamer.pruning.pruner import Pruner, as_filter_types
+from gossamer.integrations.fastai.place import Place
+from gossamer.integrations.fastai.span import Span, is_within_fit, only_looks
+from gossamer.pruning.choosing import check_context
+from gossamer.pruning.filters import as_filter_types
+from gossamer.pruning.pruner import Pruner
 from gossamer.pruning.report import PruningReport
-from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to
-from gossamer.rules.criteria import Criterion, as_criterion
+from gossamer.rules.allocation import Context, as_context, check_round_to
+from gossamer.rules.criteria import OF_DATA, Criterion, as_criterion
 from gossamer.rules.schedules import Schedule, as_schedule
 from gossamer.targets import LayerTypes, as_patterns, resolve_sparsity, unwrapped
 
@@ -33,8 +40,9 @@ class PruneCallback(Traceless):
     Args:
         sparsity: percent of filters to remove in the end, or a dict of layer name or pattern → percent (context
             'local').
-        context: which filters compete: 'local' (inside each group of joined layers) or 'global' (across all).
-        criteria: what matters: 'large_final', a `Criterion`, or a function such as `lambda w: w.abs()`.
+        context: which filters compete: 'local' (inside each group of joined layers), 'global' (across all), any other
+            registered name but 'output', or a `Context`.
+        criteria: what matters: a registered name, a `Criterion`, or a function such as `lambda w: w.abs()`.
         schedule: how sparsity grows: 'one_cycle', a `Schedule`, any fastai annealer, or a function of position.
         model: the part of the learner's model to work on; by default all of it. Layer names are relative to it, and
             `example_inputs` are what it takes.
@@ -45,6 +53,12 @@ class PruneCallback(Traceless):
         verbose: whether to print what happens.
         metric: whether the percentage of filters that are gone is a column of fastai's table.
         seed: of the criterion 'random'.
+        data: for criteria that look at gradients or activations: how many batches of the learner's training data, or
+            batches of your own (see `Calibration`). They are gone through whenever filters go.
+        checkpoint: a file that takes the whole state of the fit, safetensors and JSON, from which it can go on.
+        every: 'epoch', or a number: after every how many epochs the checkpoint is written; after the last anyway.
+        resume: go on from the checkpoint where there is one; the call stays as it was, with all its epochs, and so does
+            the network, which is made as it was before any of its filters went.
 
     Raises:
         ArgumentError: an argument that cannot be used, when the callback is made or, where it depends on the network,
@@ -75,30 +89,28 @@ class PruneCallback(Traceless):
         verbose: bool = True,
         metric: bool = True,
         seed: int = 0,
+        data: Any = BATCHES,
+        checkpoint: str | Path | None = None,
+        every: int | str = "epoch",
+        resume: bool = False,
     ) -> None:
         super().__init__()
         self.sparsity = dict(sparsity) if isinstance(sparsity, Mapping) else sparsity
         self.context, self.criteria, self.schedule = as_context(context), as_criterion(criteria), as_schedule(schedule)
         if isinstance(self.sparsity, dict):
             resolve_sparsity(self.sparsity, ["", *(str(name) for name in self.sparsity)])  # names wait for the network
-            if self.context.kind == "global":
-                raise ArgumentError("a sparsity for each layer needs context='local'; with 'global' give one number")
-        else:
-            as_fraction(self.sparsity)
-        if self.context.m:
-            raise ArgumentError(f"context {str(self.context)!r} is for weights; filters compete 'local' or 'global'")
+        check_context(self.context, self.sparsity)
         check_round_to(round_to, self.context)
         self.round_to, self.layer_type, self.exclude = round_to, as_filter_types(layer_type), as_patterns(exclude)
         self.example_inputs, self.verbose, self.metric, self.seed = example_inputs, verbose, metric, seed
+        self.data = as_data(data)
+        self.file = fit_file(checkpoint, every, resume, "PruneCallback")
+        self.place = Place(total_epochs=None)
         self.pruner: Pruner | None = None
         self.history: list[dict[str, float]] = []
-        self.span = Span(1)
         self._part = model
-        self._left: Span | None = None
-        self._call: int | None = None
-        self._is_fitting = self._is_begun = False
-        self._epoch, self._batch, self._batches = -1, 0, 1
-        self._metric: Metric | None = None
+        self._is_fitting = self._is_skipped = False
+        self._additions = Additions(self)
 
     # fastai sets `learn` to None when a callback given to `fit` is taken off, also after an exception.
     @property
@@ -109,80 +121,110 @@ class PruneCallback(Traceless):
     @learn.setter
     def learn(self, learn: Learner | None) -> None:
         before, self.__dict__["_learn"] = self.__dict__.get("_learn"), learn
-        if learn is None and before is not None:
-            self._clean_up(before)
+        if learn is not None:
+            self._additions.guard(learn, self._break_off)
+        elif before is not None:
+            self._additions.unguard()
+            self._break_off(before)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """Looks at whether the fit can prune, and says what it is about to do."""
+        """Looks at whether the fit can prune, goes on from a file where there is one, and says what is about to be."""
         learn = self._learner()
-        if learn.lock.locked():  # somebody validates, perhaps a callback of this very fit
+        if only_looks(learn):  # perhaps a callback of this very fit
             if not is_within_fit(learn):
-                self._is_fitting = False
+                self._break_off(learn)
             return
         self._is_fitting = False
         if hasattr(learn, "lr_finder"):  # which puts the weights of before back
             return
         self._check(learn)
         self._clean_up(learn)
-        both, call = fine_tune_epochs(learn) or (None, None)
-        left = self._left if call is not None and call == self._call else None
-        self.span, self._call = next_span(left, int(learn.n_epoch), both), call
-        self._left, self._epoch, self._is_fitting = None, -1, True
-        model = self._network(learn)
-        if self.pruner is not None and self.pruner.model is not model:
+        self._additions.guard(learn, self._break_off)  # on a copied learner there is none yet
+        goes_on, was_broken = self.place.enter(learn)
+        if self.file is not None and (not goes_on or was_broken):
+            self.file.look(self.span.total)
+        if self.pruner is not None and self.pruner.model is not self._network(learn):
             self.pruner = None
-        if left is None:
+        if not goes_on:
             self.history = []
-            self._is_begun = False
+            if self.pruner is not None:
+                self.pruner.restart()
+        self._additions.attach(
+            learn,
+            after_epoch=self._say_epoch,
+            after_fit=self._end,
+            count=self.sparsity_now if self.metric else None,
+            before_step=self._look if "accumulated" in self.criteria.needs else None,
+        )
+        self._is_fitting = True
+        self.place.begin()
+        said = ""
+        if self.file is not None:
+            if self.file.has_state and self.pruner is None:
+                self._build(next(iter(TrainingBatches(self._learner, 1)))[0])
+            said = self.file.attach(self, learn, goes_on and was_broken)
+        if not goes_on:
             self._say(f"Pruning filters until a sparsity of {self.sparsity}%")
-        learn.add_cb(Announcer(self, self._say_epoch, self._say_end))
-        if self.metric:
-            self._metric = SparsityMetric(self.sparsity_now)
-            learn.metrics = [*learn.metrics, self._metric]
+        if said:
+            self._say(said)
 
     def before_epoch(self) -> None:
         """Counts the epochs, since validating in the middle of a fit sets the learner's own count to 0."""
         learn = self._learner()
-        if not learn.lock.locked():
-            self._epoch = max(self._epoch + 1, int(learn.epoch))
+        if not only_looks(learn):
+            self.place.begin_epoch(int(learn.epoch))
 
     def before_train(self) -> None:
         """Counts the batches anew."""
-        self._batch, self._batches = 0, len(cast(Any, self._learner().dl))
+        self.place.begin_train(len(cast(Any, self._learner().dl)))
 
     def before_batch(self) -> None:
         """Counts the batch, and follows the network's channels when it meets the first one."""
         if not self._is_fitting:
             return
-        self._batch += 1
+        self.place.begin_batch()
         if self.pruner is None:
-            self._build()
-        if not self._is_begun:
-            assert self.pruner is not None
-            self.pruner.restart()
-            self._is_begun = True
+            self._build(cast(Any, self._learner()).xb)
 
     def after_step(self) -> None:
         """Removes the filters that the schedule says."""
+        is_skipped, self._is_skipped = self._is_skipped, False
+        if self._is_fitting and self.pruner is not None and not is_skipped:
+            self._prune(self.place.now, self.pruner.step)
+
+    def after_cancel_step(self) -> None:
+        """Takes note that the optimizer has made no step, as where mixed precision overflows."""
+        self._is_skipped = True
+
+    def _look(self) -> None:
+        """Shows the pruner the gradients, right before the optimizer's step."""
         if self._is_fitting and self.pruner is not None:
-            self._prune(self.span.position(self._epoch, self._batch, self._batches))
+            self.pruner.before_step()
+
+    def after_cancel_train(self) -> None:
+        """Leaves the network as the last step did."""
+        self.place.is_cancelled = True
 
     def after_train(self) -> None:
         """Makes sure that the epoch's end is met, also where its last batch made no step."""
         if not self._is_fitting or self.pruner is None:
             return
-        end = self.span.position(self._epoch + 1)
-        if self._batch >= self._batches:
-            self._prune(end)
-        position = self.span.position(self._epoch, self._batch, self._batches)
-        self.history.append({"position": position, "sparsity": self.sparsity_now()})
+        place = self.place
+        is_due = self.schedule.every_n_steps == 1 or place.epoch_end == 1  # else filters go at their own steps only
+        if not place.is_cancelled and place.position != place.epoch_end and is_due:
+            self._prune(place.epoch_end, self.pruner.move_to)
+        self.history.append({"position": place.reached, "sparsity": self.sparsity_now()})
 
     def after_fit(self) -> None:
         """Leaves the rest of a schedule that two phases of `fine_tune` share to the second."""
-        if self._is_fitting:
-            self._left = self.span.after(int(self._learner().n_epoch))
+        learn = self._learner()
+        if not self._is_fitting or only_looks(learn):
+            return
+        is_done = self.place.end(int(learn.n_epoch))
+        if is_done and self.file is not None and self.place.epoch >= 0:  # else it was cancelled before it began
+            self.file.end()
 
     # -- what a user asks ---------------------------------------------------------------------------------------------
 
@@ -197,6 +239,62 @@ class PruneCallback(Traceless):
     def sparsity_now(self) -> float:
         """Percent of filters that are gone, of those that take part; joined ones count once."""
         return 0.0 if self.pruner is None else self.pruner.sparsity_now()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the run but the weights and the optimizer, which save themselves.
+
+        Raises:
+            StateError: before the first batch of the first fit.
+        """
+        return {"pruner": self._pruner().state_dict(), "history": [dict(row) for row in self.history]}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Makes sure that a state is of a run on this network, by these rules.
+
+        Raises:
+            FileError: it is not.
+            StateError: before the first batch of the first fit.
+        """
+        self._pruner().check_state(state["pruner"])
+        if not isinstance(state["history"], list) or not all(isinstance(row, dict) for row in state["history"]):
+            raise FileError(f"the state has history {state['history']!r}, which no run has; take another copy")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave; filters that are gone there go here.
+
+        Raises:
+            FileError: it is of another network, or of a run by other rules.
+            StateError: before the first batch of the first fit.
+        """
+        self.check_state(state)
+        self._pruner().load_state_dict(state["pruner"])
+        self.history = list(state["history"])
+
+    def reshape(self, state: Mapping[str, Any]) -> None:
+        """Cuts the network as it is in a state, so that its weights fit in."""
+        pruner = self._pruner()
+        pruner.optimizer = cast(Any, self._learner()).opt
+        pruner.load_state_dict(state["pruner"])
+
+    def remember(self) -> Function[[], None]:
+        """A function that puts the network's filters and the run back as they are now."""
+        pruner, history = self._pruner().remember(), self.history
+
+        def put_back() -> None:
+            pruner()
+            self.history = history
+
+        return put_back
+
+    @property
+    def span(self) -> Span:
+        """Which epochs of the schedule this fit is, or the last one was."""
+        return self.place.span
+
+    @property
+    def epoch_now(self) -> int:
+        """This fit's epoch, from 0."""
+        return self.place.epoch
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -235,15 +333,16 @@ class PruneCallback(Traceless):
             )
         return model
 
-    def _build(self) -> None:
+    def _build(self, batch: Any) -> None:
         learn = self._learner()
         inputs = self.example_inputs
         if inputs is None:
-            inputs = tuple(x[:2] if isinstance(x, Tensor) and x.ndim else x for x in cast(Any, learn).xb)
+            inputs = tuple(x[:2] if isinstance(x, Tensor) and x.ndim else x for x in batch)
         inputs = tuple(
             x.as_subclass(Tensor) if isinstance(x, Tensor) else x
             for x in (inputs if isinstance(inputs, (tuple, list)) else (inputs,))
         )
+        takes_data = any(kind in OF_DATA for kind in self.criteria.needs)
         self.pruner = Pruner(
             self._network(learn),
             self.sparsity,
@@ -255,32 +354,32 @@ class PruneCallback(Traceless):
             layer_type=self.layer_type,
             exclude=self.exclude,
             seed=self.seed,
+            data=calibration_of(self._learner, self.data) if takes_data else None,
         )
 
-    def _prune(self, position: float) -> None:
-        pruner = self._pruner()
-        pruner.optimizer = cast(Any, self._learner()).opt
-        pruner.step(position)
+    def _prune(self, position: float, prune: Function[[float], bool]) -> None:
+        self._pruner().optimizer = cast(Any, self._learner()).opt
+        prune(position)
+        self.place.position = position
 
     def _say_epoch(self) -> None:
         if self._is_fitting and self.pruner is not None:
-            self._say(f"Filters gone at the end of epoch {self._epoch}: {self.sparsity_now():.2f}%")
+            self._say(f"Filters gone at the end of epoch {self.place.epoch}: {self.sparsity_now():.2f}%")
 
-    def _say_end(self) -> None:
-        if not self._is_fitting or self.pruner is None:
-            return
+    def _end(self) -> None:
         learn = self._learner()
-        if self._left is None:
+        if not self._is_fitting or only_looks(learn):
+            return
+        if self.place.left is None and self.pruner is not None:
             self._say(str(self.report()))
+        self._break_off(learn)
+
+    def _break_off(self, learn: Learner) -> None:
         self._is_fitting = False
         self._clean_up(learn)
 
     def _clean_up(self, learn: Learner) -> None:
-        if self._metric is not None:
-            mine = self._metric
-            learn.metrics = learn.metrics.filter(lambda m: m is not mine)
-            self._metric = None
-        learn.remove_cbs([c for c in learn.cbs if getattr(c, "owner", None) is self])
+        self._additions.leave(learn, self.sparsity_now)
 
     def _say(self, text: str) -> None:
         if self.verbose:
