@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from gossamer.errors import ArgumentError
 
@@ -16,6 +19,38 @@ class HasState(Protocol):
 
     @property
     def state(self) -> Any: ...
+
+
+class LooksAtSteps(Protocol):
+    """What wants to see the gradients of a step before they are used."""
+
+    def before_step(self) -> None: ...
+
+
+def watched(optimizer: HasState | None, run: LooksAtSteps) -> RemovableHandle | None:
+    """Has an optimizer of PyTorch's call a run's `before_step` right before each step, for as long as the run is there.
+
+    Args:
+        optimizer: another one than PyTorch's is not watched; whoever steps it calls `before_step`.
+        run: it is not kept alive.
+
+    Returns:
+        What ends it; None where nothing is watched.
+
+    Example:
+        >>> watched(None, None) is None
+        True
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    there = weakref.ref(run)
+
+    def before(*_: Any) -> None:
+        alive = there()
+        if alive is not None:
+            alive.before_step()
+
+    return optimizer.register_step_pre_hook(before)
 
 
 def optimizer_tensors(optimizer: HasState | None) -> Callable[[Tensor], list[Tensor]]:

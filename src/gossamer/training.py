@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from gossamer.errors import ArgumentError, StateError
 from gossamer.keeping import has_zeros_beside
 from gossamer.letting_go import LetGo
 from gossamer.methods import Exchange, Method, as_method, schedule_of
-from gossamer.optimizers import HasState, check_optimizer, checked_steps, optimizer_tensors
+from gossamer.optimizers import HasState, check_optimizer, checked_steps, optimizer_tensors, watched
 from gossamer.report import SparsityReport
 from gossamer.rules.criteria import CRITERIA
 from gossamer.rules.schedules import Schedule
@@ -116,9 +114,7 @@ class SparseTraining:
         self._optimizer = optimizer
         if self._hook is not None:
             self._hook.remove()
-            self._hook = None
-        if self.looks_at_gradients and isinstance(optimizer, torch.optim.Optimizer):
-            self._hook = optimizer.register_step_pre_hook(partial(_before_step, weakref.ref(self)))
+        self._hook = watched(optimizer, self) if self.looks_at_gradients else None
 
     @property
     def looks_at_gradients(self) -> bool:
@@ -364,9 +360,3 @@ def _check_method(method: Method, sparsifier: Sparsifier) -> None:
             "its bias and normalisation, so that it has no gradient to grow by; use a granularity inside filters, such "
             "as 'weight' or 'kernel'"
         )
-
-
-def _before_step(run: weakref.ref[SparseTraining], *_: Any) -> None:
-    alive = run()
-    if alive is not None:
-        alive.before_step()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from gossamer.calibration import Calibration, as_calibration, check_data
 from gossamer.errors import ArgumentError, StateError, TargetError
 from gossamer.evidence import Evidence
-from gossamer.optimizers import HasState, check_optimizer, checked_steps
+from gossamer.optimizers import HasState, check_optimizer, checked_steps, watched
 from gossamer.pruning.choosing import Choice, check_context
 from gossamer.pruning.counting import shared_out
 from gossamer.pruning.filters import as_filter_types, filter_layers, kept_whole
@@ -157,9 +155,7 @@ class Pruner:
         self._optimizer = optimizer
         if self._hook is not None:
             self._hook.remove()
-            self._hook = None
-        if self.looks_at_gradients and isinstance(optimizer, torch.optim.Optimizer):
-            self._hook = optimizer.register_step_pre_hook(partial(_before_step, weakref.ref(self)))
+        self._hook = watched(optimizer, self) if self.looks_at_gradients else None
 
     def prune_model(self, iterations: int = 1) -> nn.Module:
         """Removes all that was asked for, at once.
@@ -337,9 +333,3 @@ class Pruner:
 
     def _cut(self, units: Sequence[Tensor | None]) -> None:
         self._surgeon.cut(units, self.optimizer, self._scores.cut)
-
-
-def _before_step(pruner: weakref.ref[Pruner], *_: Any) -> None:
-    alive = pruner()
-    if alive is not None:
-        alive.before_step()
