@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -71,7 +72,10 @@ class Pool {
   };
 
   void grow(int n) {
-    while (int(threads_.size()) < n) threads_.emplace_back([this, i = int(threads_.size())] { live(i); });
+    try {
+      while (int(threads_.size()) < n) threads_.emplace_back([this, i = int(threads_.size())] { live(i); });
+    } catch (const std::system_error&) {  // the machine gives no more; those that there are take all of it
+    }
   }
 
   void take(uint64_t job, int worker) {

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from gossamer.native import native
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Layer
+from gossamer.runtime.program import DoesNotFitError
 from gossamer.runtime.segment import Segment, signature_of
 from gossamer.runtime.values import FEW
 
@@ -74,7 +75,11 @@ def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> None:
     if layer.sparsity < _LEAST and not layer.is_depthwise:
         layer.is_sparse, layer.expected = False, None
         return
-    value = signature_of(inputs[0], layer.geometry is None)
+    try:
+        value = signature_of(inputs[0], layer.geometry is None)
+    except DoesNotFitError:  # an image without a batch
+        layer.is_sparse, layer.expected = False, None
+        return
     direct = IN_PLACE + OUT_PLACE if layer.is_pointwise and value.images * value.pixels >= FEW else 0
     sparse = layer.cost(value, 1, direct)
     if sparse is None:

@@ -17,6 +17,9 @@ from gossamer.runtime.segment import OPERATORS, Segment
 
 _ROUNDS = 5
 
+LAYER = "gossamer_layer"
+"""In a network that keeps its own code, the name of what computes a layer, in that layer."""
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -43,7 +46,8 @@ class PlanRow:
 def rows_of(graph: nn.Module, args: tuple[Any, ...]) -> list[PlanRow]:
     """One row a layer or operator, in order; with shares of the time where there are inputs."""
     if not isinstance(graph, GraphModule):
-        return [_row(n, s.operator, None) for n, s in graph.named_modules() if isinstance(s, Segment)]
+        segments = [(n, m) for n, m in graph.named_modules() if isinstance(m, Segment)]
+        return [_row(n.removesuffix(f".{LAYER}"), s.operator, None) for n, s in segments]
     shares, declined = _shares(graph, args) if args else ({}, set[str]())
     rows: list[PlanRow] = []
     for node in graph.graph.nodes:

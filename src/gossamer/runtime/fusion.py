@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -68,10 +68,14 @@ def _replace(
 
 
 def _convolution(graph: GraphModule, node: Node, order: Mapping[Node, int]) -> Any:
-    if node.op != "call_function" or node.target is not _ATEN.conv2d.default:
+    if node.op != "call_function" or node.target not in (_ATEN.conv2d.default, _ATEN.conv2d.padding):
         return None
     x, weight, bias, stride, padding, dilation, groups = _arguments(node, (None, None, None, 1, 0, 1, 1))
     tensor = _constant(graph, weight)
+    if isinstance(padding, str) and tensor is not None:
+        padding = padding_of(padding, _pair(tensor.shape[2:]), _pair(dilation))
+        if padding is None:
+            return None
     shift = None if bias is None else _constant(graph, bias)
     if tensor is None or tensor.dtype != torch.float32 or (bias is not None and shift is None):
         return None
@@ -80,6 +84,21 @@ def _convolution(graph: GraphModule, node: Node, order: Mapping[Node, int]) -> A
     geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), int(groups))
     module = Layer(tensor, shift, geometry, activation, add_last=add_last)
     return module, last, [x, *more], _layer_name(weight)
+
+
+def padding_of(padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int] | None:
+    """A convolution's padding in numbers, (vertical, horizontal); None where it is not the same at both ends.
+
+    Example:
+        >>> padding_of("same", (3, 5), (1, 2)), padding_of("same", (2, 2), (1, 1)), padding_of("valid", (3, 3), (1, 1))
+        ((1, 4), None, (0, 0))
+    """
+    if not isinstance(padding, str):
+        return _pair(tuple(padding))
+    if padding == "valid":
+        return 0, 0
+    vertical, horizontal = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+    return None if vertical % 2 or horizontal % 2 else (vertical // 2, horizontal // 2)
 
 
 def _followed(last: Node, order: Mapping[Node, int]) -> tuple[Node, list[Node], str, bool]:

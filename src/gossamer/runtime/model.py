@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_flatten
 
 from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.native import native
 from gossamer.runtime.capture import NotCapturedError, capture, copied
 from gossamer.runtime.choice import choose, runs_sparse
-from gossamer.runtime.explain import PlanRow, rows_of, table_of
+from gossamer.runtime.explain import LAYER, PlanRow, rows_of, table_of
+from gossamer.runtime.fusion import padding_of
 from gossamer.runtime.layers import Geometry, Layer
 from gossamer.runtime.saved import Example, read, write
 from gossamer.runtime.segment import Segment, gather
 
 _GRAPHS = 4
-"""Captures that a network keeps, beside the first, for inputs that need one of their own."""
+"""Captures that a network makes, beside the first, for inputs that need one of their own. Each takes seconds: what
+would need yet another runs in PyTorch."""
 
 
 def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> CompiledModel:
@@ -36,7 +39,7 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
     whatever is not known runs in PyTorch.
 
     Args:
-        model: in eval mode, float32, on the CPU. It is not changed.
+        model: in eval mode, float32, on the CPU. It is not changed; a copy is kept, so later changes are not seen.
         example_inputs: a tensor, or a tuple of the arguments; batch and image sizes may change later.
         tune: whether each layer is tried both ways, sparse and dense, on this machine. By default a model of what each
             takes decides, which other work on the machine cannot mislead. `save` keeps what was found.
@@ -67,7 +70,15 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
     if native() is None:
         _say_once_that_nothing_is_compiled()
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return CompiledModel(model, arguments, tune=tune)
+    return CompiledModel(_own(model), arguments, tune=tune)
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """A copy, whose weights and mode nobody changes; the network itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # anything at all, from anywhere in the network
+        return model
 
 
 def load(path: str | os.PathLike[str]) -> CompiledModel:
@@ -120,6 +131,7 @@ class CompiledModel(nn.Module):
     def __init__(self, model: nn.Module, arguments: tuple[Any, ...], *, tune: bool = False) -> None:
         super().__init__()
         self._prepare(model, [Example.of(a) for a in arguments])
+        self._dtypes = [getattr(a, "dtype", None) for a in arguments]
         with torch.no_grad():
             try:
                 self._flat = (_flat(model, arguments, tune=tune),)
@@ -151,7 +163,8 @@ class CompiledModel(nn.Module):
         self._model = (model,)
         self._flat: tuple[GraphModule | None] = (None,)
         self._examples = tuple(examples)
-        self._graphs: OrderedDict[Any, nn.Module] = OrderedDict()
+        self._dtypes: list[Any] | None = None
+        self._graphs: dict[Any, nn.Module] = {}
         self.training = False
 
     is_compiled = True
@@ -213,16 +226,35 @@ class CompiledModel(nn.Module):
             ArgumentError: a network that was loaded does not take inputs of these shapes.
         """
         with torch.no_grad():
-            key = tuple(a.shape if isinstance(a, Tensor) else a for a in (*args, *sorted(kwargs.items())))
-            if key not in self._graphs:
-                if self._model[0] is None:
-                    self._check(args, kwargs)
+            if self._model[0] is None:
+                self._check(args, kwargs)
+                return self.graph(*args)
+            if self._flat[0] is None:  # the network's own code
+                return self.graph(*args, **kwargs)
+            if kwargs:
+                args, kwargs = _by_place(self._model[0], args, kwargs)
+            key = _key(args, kwargs) if self._graphs else None
+            if (key is None or key not in self._graphs) and self._is_alike(args, kwargs):
                 try:
-                    return self.graph(*args, **kwargs)
-                except AssertionError:  # the capture's guards: these inputs are of another kind
-                    if self._model[0] is None:
-                        raise
-            return self._graph_for(key, args, kwargs)(*args, **kwargs)
+                    return self.graph(*args)
+                except (
+                    AssertionError,
+                    TypeError,
+                    ValueError,
+                ):  # the capture's guards: these inputs are of another kind
+                    pass
+            return self._graph_for(_key(args, kwargs), args, kwargs)(*args, **kwargs)
+
+    def _is_alike(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether as many arguments of the same dtypes were captured, of which a graph has no guard."""
+        if kwargs or len(args) != len(self._examples):
+            return False
+        return self._dtypes is None or [getattr(a, "dtype", None) for a in args] == self._dtypes
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
+        super()._apply(fn, recurse)
+        self._dtypes = None  # of whatever dtype it is now
+        return self
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs or len(args) != len(self._examples):
@@ -238,15 +270,15 @@ class CompiledModel(nn.Module):
 
     def _graph_for(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
         graph, model = self._graphs.get(key), self._model[0]
+        assert model is not None
         if graph is None:
-            assert model is not None
+            if key is None or len(self._graphs) >= _GRAPHS:
+                return model
             try:
                 graph = _gathered(_flat(model, args, kwargs))
             except NotCapturedError:
                 graph = model
             self._graphs[key] = graph
-            while len(self._graphs) > _GRAPHS:
-                self._graphs.popitem(last=False)
         return graph
 
     def __str__(self) -> str:
@@ -283,15 +315,36 @@ def _gathered(flat: GraphModule) -> GraphModule:
     return graph
 
 
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a capture is of: the kinds of all tensors, and values of the rest; None where that cannot be said."""
+    leaves, spec = tree_flatten((args, kwargs))
+    if not all(isinstance(x, (Tensor, *_PLAIN)) for x in leaves):
+        return None
+    return str(spec), *((x.shape, x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+
+
+def _by_place(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments in the order of the network's own, as far as they go without a gap; the others by name."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return bound.args, bound.kwargs
+
+
 def _replaced(model: nn.Module) -> nn.Module:
-    """A copy of a network with its layers replaced one by one; it keeps its own code, hooks and all."""
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        layer = _layer_of(module)
-        if layer is None or not name:
-            continue
-        where, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(where), leaf, layer)
+    """A copy of a network whose layers compute by the engine, one by one; it keeps its own code, hooks and all.
+
+    The layers stay what they are, since the network's code may read their weights and sizes.
+    """
+    model = _own(model)
+    for module in list(model.modules()):
+        segment = _layer_of(module)
+        if segment is not None:
+            module.add_module(LAYER, segment)
+            module.forward = segment.forward
     return model
 
 
@@ -305,9 +358,11 @@ def _layer_of(module: nn.Module) -> nn.Module | None:
         return None
     if type(module) is nn.Linear:
         layer = Layer(module.weight, module.bias)
-    elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        padding: Any = module.padding
-        geometry = Geometry(_two(module.stride), _two(padding), _two(module.dilation), module.groups)
+    elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        padding = padding_of(module.padding, _two(module.kernel_size), _two(module.dilation))
+        if padding is None:
+            return None
+        geometry = Geometry(_two(module.stride), padding, _two(module.dilation), module.groups)
         layer = Layer(module.weight, module.bias, geometry)
     else:
         return None

@@ -90,7 +90,7 @@ class Segment(nn.Module):
 
     def stages(self, *inputs: Tensor) -> list[Stage] | None:
         """What runs inputs of these shapes; None where PyTorch has to."""
-        if native() is None or not all(is_plain(x) and x.numel() for x in inputs):
+        if native() is None or not all(is_plain(x) and x.numel() and _is_real(x) for x in inputs):
             return None
         threads = torch.get_num_threads()
         key = (threads, *(x.shape for x in inputs))
@@ -134,6 +134,14 @@ def is_plain(x: Tensor) -> bool:
     """Whether the compiled kernels can read a tensor: float32, on the CPU, and nobody asks for its gradient."""
     is_here = x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided and not x.is_neg()
     return is_here and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether its numbers are there: not where torch.export, vmap or a trace only looks at what would be computed."""
+    try:
+        return x.data_ptr() != 0 and not torch.jit.is_tracing()
+    except RuntimeError:
+        return False
 
 
 def gather(graph: GraphModule) -> None:
