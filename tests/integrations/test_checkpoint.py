@@ -152,6 +152,20 @@ def test_a_finished_fit_is_put_back_and_nothing_is_trained(tmp_path: Path) -> No
         assert torch.equal(tensor, again.model.state_dict()[name])
 
 
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_it_goes_on_with_fastais_progress_bar(done: int, tmp_path: Path) -> None:
+    """The bar of the epochs wants its first value to be 0."""
+    path = tmp_path / "run.safetensors"
+    fit(3, rules(path), *([Stop(done)] if done < 3 else []))
+    learn, out = learner(), io.StringIO()
+    learn.logger = print  # fastai's own
+    callback = rules(path, resume=True)
+    with contextlib.redirect_stdout(out):
+        learn.fit(3, 1e-2, cbs=callback)
+    assert callback.sparsity_now() == 50
+    assert all((f"Epoch {n}/3" in out.getvalue()) == (n > done) for n in (2, 3))
+
+
 def test_the_history_and_the_recorder_are_whole_after_going_on(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     fit(4, rules(path), Stop(2))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from fastai.callback import core
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastcore.foundation import L
 from torch import Tensor, nn
@@ -240,6 +241,8 @@ class Resume(Traceless):
             if self._skip:
                 self._stopped = [cb for cb in learn.cbs if cb is not self and cb.run]
         if self._epoch < self._skip:
+            if self._epoch == 0:
+                self._begin_bars(learn)
             self._set_running(False)
             for owner in self._owners:
                 cast(Any, owner).place.epoch = self._epoch  # they do not see it begin
@@ -257,6 +260,13 @@ class Resume(Traceless):
         if self._restore is not None:
             self._restore()
             self._restore = None
+
+    @staticmethod
+    def _begin_bars(learn: Learner) -> None:
+        # fastprogress takes its clock at 0, and a bar whose first value is another one raises.
+        for cb in learn.cbs:
+            if isinstance(cb, ProgressCallback) and hasattr(cb, "mbar"):
+                cast(Any, cb).mbar.update(0)
 
     def leave(self) -> None:
         """Lets the others run again, where a fit was broken off while it skipped."""
