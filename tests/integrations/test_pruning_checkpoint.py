@@ -289,6 +289,22 @@ def test_a_mangled_checkpoint_is_a_file_error_and_nothing_changes(key: str, valu
     assert same(fit(3, callback, learn=learn), fit(3, rules(tmp_path / "third")))
 
 
+def test_a_refusal_after_the_cut_brings_the_filters_back_for_the_same_callback_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    whole = fit(3, rules(tmp_path / "whole"))
+    fit(3, rules(path), Stop(2))
+    good = load_state(path, KIND)
+    mangled = load_state(path, KIND)
+    mangled["learner"]["optimizer"]["hypers"] = 3.5  # which is looked at once the network has its new shapes
+    save_state(path, mangled, KIND)
+    callback, learn = rules(path), learner()
+    with pytest.raises(FileError):
+        fit(3, callback, learn=learn)
+    assert (widths(learn), callback.sparsity_now()) == ((8, 12), 0)
+    save_state(path, good, KIND)
+    assert same(fit(3, callback, learn=learn), whole)
+
+
 def test_after_a_refusal_the_pruner_of_an_earlier_fit_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     fit(3, rules(path), Stop(2))
