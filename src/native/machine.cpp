@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -67,14 +68,19 @@ const Kernels* kernels_of(Isa isa) {
   return &baseline::kernels;
 }
 
-// Nanoseconds of a float, the least of several: whatever disturbs only adds.
-double time_of(const Kernels& kernels, const float* x, int64_t floats) {
-  double best = 1e300;
+// Seconds that the vectors of two tables take to multiply as many floats, each the least of many turns: whatever disturbs only
+// adds. Widest vectors are slow at first, until the processor has the power for them, and are not counted until then.
+std::array<double, 2> times_of(const Kernels& wide, const Kernels& narrow, const float* x, int64_t floats) {
+  using Clock = std::chrono::steady_clock;
+  const auto begun = Clock::now();
   float result[32] = {1e-9f};
-  for (int round = 0; round < 9; round++) {
-    const auto began = std::chrono::steady_clock::now();
-    for (int i = 0; i < 8; i++) kernels.multiply(x, floats / kernels.lanes, result);
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+  while (Clock::now() - begun < std::chrono::microseconds(100)) wide.multiply(x, floats / wide.lanes, result);
+  std::array<double, 2> best{1e300, 1e300};
+  for (int turn = 0; turn < 64; turn++) {
+    const Kernels& kernels = turn % 2 ? narrow : wide;
+    const auto began = Clock::now();
+    for (int i = 0; i < 16; i++) kernels.multiply(x, floats / kernels.lanes, result);
+    best[turn % 2] = std::min(best[turn % 2], std::chrono::duration<double>(Clock::now() - began).count());
   }
   return best;
 }
@@ -93,7 +99,7 @@ Machine look() {
     if (!posix_memalign(&data, 64, N * sizeof(float))) {
       float* x = static_cast<float*>(data);
       std::fill(x, x + N, 1.0f);
-      const double wide = time_of(*m.kernels[0], x, N), narrow = time_of(*m.kernels[1], x, N);
+      const auto [wide, narrow] = times_of(*m.kernels[0], *m.kernels[1], x, N);
       if (wide > 0.8 * narrow) m.costs[0] = 2.0;
       std::free(data);
     }
