@@ -357,8 +357,8 @@ CALLS = [
         lambda m: Sparsifier(m, "filter", "2:4"),
         TargetError,
         "'0'",
-        "blocks of 4",
-        "exclude=['0']",
+        "'filter' leaves 1 units",
+        "granularity='weight'",
     ),
     bad(
         "context: beyond 2:4",

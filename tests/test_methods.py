@@ -25,6 +25,9 @@ from gossamer.methods import ACDC, DSD, METHODS, SET, Method, RigL, as_method
 from gossamer.rules.selection import select
 from test_training import OPTIMIZERS, network, start, train_step
 
+# Runs here are short, and the laws hold for registered methods as they are.
+pytestmark = pytest.mark.filterwarnings("ignore:method .* exchanges no weight")
+
 FAST = {"rigl": RigL(every_n_steps=2, end_pct=0.8), "set": SET(every_n_steps=2), "acdc": ACDC(0.2, 0.1, 0.2)}
 EVERY = {**METHODS, **FAST, "granet": RigL(every_n_steps=1)}
 """Every registered method, with exchanges often enough for a run of few steps; and RigL along a rising schedule."""
@@ -364,6 +367,7 @@ def test_a_gradient_that_is_missing_is_named():
         (lambda: DSD(0.6, 0.3), "increasing"),
         (lambda: as_method("rigel"), "rigl"),
         (lambda: as_method(3), "method=3"),
+        (lambda: as_method("sparsegpt"), r"sparsegpt\(Sparsifier"),
         (lambda: as_method(RigL), r"RigL\(\)"),
         (lambda: Method(""), "name"),
         (lambda: Method("own", schedule="cos"), "schedule='cos'"),
@@ -377,3 +381,22 @@ def test_a_gradient_that_is_missing_is_named():
 def test_what_a_method_cannot_be_is_refused_early(make, said):
     with pytest.raises(ArgumentError, match=said):
         make()
+
+
+@pytest.mark.parametrize("method", [ACDC(), DSD(), "static", Method("mine", SCHEDULES["cos"])])
+def test_a_method_that_is_a_schedule_takes_no_other(method):
+    with pytest.raises(ArgumentError, match="leave out schedule=, or method="):
+        SparseTraining(Sparsifier(network()), None, 50, schedule="agp", method=method)
+    assert SparseTraining(Sparsifier(network()), None, 50, method=method).schedule == as_method(method).schedule
+    for fine in ("rigl", "gradual"):  # exchanges go with any schedule
+        assert SparseTraining(Sparsifier(network()), None, 50, schedule="agp", method=fine).schedule.name == "agp"
+
+
+@pytest.mark.parametrize(
+    ("method", "n_steps", "is_short"), [("rigl", 54, True), ("set", 99, True), ("rigl", 150, False)]
+)
+def test_a_run_in_which_nothing_would_change_places_warns(method, n_steps, is_short, recwarn):
+    SparseTraining(Sparsifier(network()), None, 50, total_steps=n_steps, method=method)
+    said = [str(w.message) for w in recwarn if issubclass(w.category, GossamerWarning)]
+    assert len(said) == is_short
+    assert not is_short or f"exchanges no weight in {n_steps} steps" in said[0]

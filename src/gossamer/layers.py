@@ -107,6 +107,12 @@ class Layers(Mapping[str, Layer]):
         layer = Layer(target, axes, view, dims, int(torch.Size(shape).numel()))
         inputs = shape[axes.index("i")]
         if m and inputs % m:
+            if "i" not in target.axes or shape[axes.index("i")] < target.view[target.axes.index("i")]:
+                raise TargetError(
+                    f"layer {target.name!r}: granularity {granularity.name!r} leaves {inputs} units along its "
+                    f"inputs, which do not divide into blocks of {m} as the context needs; N:M goes with "
+                    "granularity='weight'"
+                )
             raise TargetError(
                 f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of {m}, "
                 f"as the context needs; leave it dense with exclude=[{target.name!r}]"

@@ -7,13 +7,14 @@ what share of the kept weights makes room for others (a function of the step). A
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from gossamer.errors import ArgumentError
+from gossamer.errors import ArgumentError, GossamerWarning
 from gossamer.registry import Registry
 from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.schedules import SCHEDULES, Schedule, as_schedule, constant, steps
@@ -248,6 +249,28 @@ def DSD(sparse_from: float = 1 / 3, sparse_to: float = 2 / 3) -> Method:
     return Method("dsd", replace(steps(sparse_from, sparse_to, values=(1.0, 0.0)), name="dense, sparse, dense"))
 
 
+def warn_if_nothing_moves(method: Method, total_steps: int | None, stacklevel: int = 3) -> None:
+    """Warns of a run that is too short for any weight to change places.
+
+    Args:
+        method: of the run.
+        total_steps: of the optimizer, in all; None where that is not known.
+        stacklevel: of the warning.
+
+    Example:
+        >>> warn_if_nothing_moves(RigL(every_n_steps=10), 50)
+    """
+    if method.exchange is None or not total_steps:
+        return
+    if not any(method.share(step, step / total_steps) for step in range(1, total_steps + 1)):
+        warnings.warn(
+            f"method {method.name!r} exchanges no weight in {total_steps:,} steps, and the masks stay as they are "
+            f"first; give it a smaller every_n_steps, such as {max(1, total_steps // 30)}",
+            GossamerWarning,
+            stacklevel=stacklevel,
+        )
+
+
 METHODS: Registry[Method] = Registry("method", Method)
 gradual = METHODS.register("gradual", Method("gradual"))
 METHODS.register("static", Method("static", constant))
@@ -274,6 +297,11 @@ def as_method(method: Method | str | Exchange | None) -> Method:
         return gradual
     if isinstance(method, Method):
         return method
+    if method == "sparsegpt":
+        raise ArgumentError(
+            "method='sparsegpt' is no way to train: it makes a network sparse at once, after training; "
+            "sparsegpt(Sparsifier(model, data=batches), 50)"
+        )
     if isinstance(method, str):
         return METHODS[method]
     if not callable(method):
@@ -288,10 +316,18 @@ def as_method(method: Method | str | Exchange | None) -> Method:
 def schedule_of(schedule: Schedule | str | Callable[..., Any] | None, method: Method) -> Schedule:
     """The schedule of a run: the one given, or else the method's own, or else 'one_cycle'.
 
+    Raises:
+        ArgumentError: the method is nothing but its schedule, which another one would take away.
+
     Example:
         >>> schedule_of(None, as_method("rigl")).name
         'constant'
     """
     if schedule is not None:
+        if method.schedule is not None and method.exchange is None:
+            raise ArgumentError(
+                f"method {method.name!r} is a schedule of its own, {method.schedule.name!r}, and does nothing under "
+                "another one; leave out schedule=, or method="
+            )
         return as_schedule(schedule)
     return method.schedule if method.schedule is not None else SCHEDULES["one_cycle"]

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from gossamer.errors import ArgumentError, StateError
 from gossamer.keeping import has_zeros_beside
 from gossamer.letting_go import LetGo
-from gossamer.methods import Exchange, Method, as_method, schedule_of
+from gossamer.methods import Exchange, Method, as_method, schedule_of, warn_if_nothing_moves
 from gossamer.optimizers import HasState, check_optimizer, checked_steps, optimizer_tensors, watched
 from gossamer.report import SparsityReport
 from gossamer.rules.criteria import CRITERIA
@@ -86,6 +86,7 @@ class SparseTraining:
         sparsifier.check_weights()
         self.round_to = round_to
         self.total_steps = self._made_for = checked_steps(total_steps)
+        warn_if_nothing_moves(self.method, self.total_steps)
         self.keep_zeros = keep_zeros and self.method.exchange is None
         self._from_zeros = keep_zeros
         self._let_go = LetGo()

@@ -18,7 +18,7 @@ from helpers import Net, Watch, digits, learner, quiet
 from torch import nn
 
 import plain
-from gossamer import CRITERIA, ArgumentError, Schedule
+from gossamer import CRITERIA, ArgumentError, GossamerWarning, Schedule
 from gossamer.integrations.fastai import SparsifyCallback
 from gossamer.integrations.fastai.data import TrainingBatches
 from gossamer.methods import ACDC, DSD, SET, RigL
@@ -155,6 +155,7 @@ def test_data_of_ones_own_and_the_whole_networks_loss_for_a_part():
     assert [r.zeros for r in callback.report().rows] == [576]
 
 
+@pytest.mark.filterwarnings("ignore:method .* exchanges no weight")
 def test_a_method_that_starts_sparse_is_sparse_before_the_first_batch():
     seen: list[float] = []
     callback = SparsifyCallback(90, context="erk", method="rigl", verbose=False)
@@ -218,9 +219,9 @@ def test_a_dict_with_a_star_fixes_layers_and_lets_the_others_compete():
     assert masked["conv2"] + masked["conv3"] == math_round(0.8 * (1152 + 2880))
 
 
-def test_what_is_said_names_the_method():
+def test_what_is_said_names_the_method_and_that_the_fit_is_too_short_for_it():
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), pytest.warns(GossamerWarning, match="'set' exchanges no weight in"):
         quiet(learner(), 1, SparsifyCallback(80, method="set"))
     assert out.getvalue().startswith("Training by method 'set' with weight at a sparsity of 80%")
     assert "Final Sparsity: 80.0" in out.getvalue()

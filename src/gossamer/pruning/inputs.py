@@ -47,7 +47,10 @@ def as_inputs(model: nn.Module, example_inputs: Any = None) -> tuple[Any, ...]:
         return (_guess(model).to(device),)
     given = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
     if not any(isinstance(item, Tensor) for item in given):
-        raise ArgumentError(f"example_inputs={example_inputs!r} holds no tensor; give one batch, such as xb[:2]")
+        kind = type(example_inputs).__name__
+        raise ArgumentError(
+            f"example_inputs is a {kind} without a tensor in it; give one batch, such as xb[:2], or torch.from_numpy(…)"
+        )
     return tuple(item.detach().to(device) if isinstance(item, Tensor) else item for item in given)
 
 

@@ -39,6 +39,8 @@ def load_pruned(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"weights go into a torch.nn.Module, got {model!r}")
+    if not isinstance(state, Mapping):
+        raise ArgumentError(f"state must be a state_dict, got {state!r}; read a file with gossamer.load(path) first")
     own: dict[str, Any] = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     odd = sorted(set(own) ^ {n for n, t in state.items() if isinstance(t, Tensor)})
     if odd:

@@ -151,7 +151,8 @@ def read(path: str | os.PathLike[str]) -> tuple[GraphModule, list[Example]]:
     tensors, text, where = load(path), text_of(path, _KEY), repr(os.fspath(path))
     if text is None:
         raise FileError(
-            f"{where} holds tensors and no compiled network; read it with gossamer.load, or write one with save"
+            f"{where} holds tensors and no compiled network; read it with gossamer.load, or write one with "
+            "runtime.compile(model, x).save(path)"
         )
     try:
         content: Any = json.loads(text)

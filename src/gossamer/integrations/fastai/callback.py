@@ -23,7 +23,7 @@ from gossamer.integrations.fastai.request import request
 from gossamer.integrations.fastai.rounds import Rounds
 from gossamer.integrations.fastai.span import Span, is_within_fit, only_looks
 from gossamer.integrations.fastai.voice import Voice, epoch_line, first_line, warn_of_denser_weights, zeros_line
-from gossamer.methods import Exchange, Method
+from gossamer.methods import Exchange, Method, warn_if_nothing_moves
 from gossamer.plots import plot_training
 from gossamer.report import SparsityReport
 from gossamer.rules.allocation import Context
@@ -240,6 +240,7 @@ class SparsifyCallback(Traceless):
         run.begin()
         drop_keepers(learn, run)  # this run has taken over their zeros, or was told not to
         if not goes_on:
+            warn_if_nothing_moves(self.asked.method, self.span.total * len(cast(Any, learn.dls).train), stacklevel=2)
             self._voice.say(first_line(self.asked.method.name, self.granularity.name, self.sparsity))
         if said:
             self._voice.say(said)

@@ -140,6 +140,9 @@ class PruneCallback(Traceless):
         if hasattr(learn, "lr_finder"):  # which puts the weights of before back
             return
         self._check(learn)
+        if isinstance(self.sparsity, dict) and self.pruner is None:  # a wrong name is found before the bar is drawn
+            layers = [n for n, m in self._network(learn).named_modules() if isinstance(m, self.layer_type)]
+            resolve_sparsity(self.sparsity, layers)
         self._clean_up(learn)
         self._additions.guard(learn, self._break_off)  # on a copied learner there is none yet
         goes_on, was_broken = self.place.enter(learn)
