@@ -16,7 +16,8 @@ struct Costs {
   double weight(int32_t t) const { return std::max(waiting(t), t * multiply + 1.0); }
   // The same where what it meets comes from the second-level cache.
   double far_weight(int32_t t) const { return std::max(waiting(t), 2.2 * t * multiply + 1.0); }
-  static double waiting(int32_t t) { return 5.5 / ways_of(t); }
+  // Where sums do not wait, weights do: those of a whole network pass through the second-level cache, once for each tile.
+  static double waiting(int32_t t) { return ways_of(t) > 1 ? 4.5 : 5.5; }
   // Of a row of a block: the loop's end is guessed wrong, and the sums are shifted from part to part.
   double row(int32_t t, int32_t shifts) const { return 6.0 + shifts * 8.0 + (shifts - 1) * 2.0 * t * multiply; }
   // Of sums that are kept from one block to the next, in the second-level cache.
