@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -286,6 +287,56 @@ def test_an_exchange_keeps_a_pattern(context):
         a_block = rules.masks[""].view(-1, 4 if context == "2:4" else 16).sum(1)
         assert (a_block == (2 if context == "2:4" else 8)).all()
     assert not torch.equal(first, rules.masks[""])
+
+
+def scaled_run(fused: bool, scale: float, overflows: tuple[int, ...], **rules):
+    """Twelve steps under a GradScaler, some of which overflow: the run, -Σ w · ∂L/∂w of the others, the masks at each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=100)
+    sparsifier = Sparsifier(model, criteria=rules.pop("criteria", "large_final"), layer_type=nn.Linear)
+    run = SparseTraining(sparsifier, optimizer, 50, total_steps=12, **rules)
+    expected = {"0": torch.zeros(8, 8), "2": torch.zeros(4, 8)}
+    seen: list[torch.Tensor] = []
+    for step in range(12):
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 8)).square().mean() * (math.inf if step in overflows else 1)
+        scaler.scale(loss).backward()
+        if step not in overflows:
+            for name, total in expected.items():
+                weight = model.get_submodule(name).weight
+                total -= weight.detach() * weight.grad / scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        run.step()
+        seen.append(torch.cat([mask.flatten().clone() for mask in run.sparsifier.masks.values()]))
+    return run, expected, seen
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_accumulated_knows_no_loss_scale_and_no_overflow(fused):
+    run, expected, _ = scaled_run(fused, 2.0**16, (3, 7), criteria="sanh_movement", schedule="one_shot")
+    for name, total in expected.items():
+        assert torch.allclose(run.sparsifier.evidence.kept["accumulated"][name], total, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_grows_by_gradients_that_have_overflowed(fused):
+    method = Method("mine", SCHEDULES["constant"], lambda step, position: 0.5, lambda weight, gradient: gradient.abs())
+    _, _, seen = scaled_run(fused, 2.0**16, (3, 7), method=method)
+    moved = [not torch.equal(before, after) for before, after in pairwise(seen)]
+    assert [step for step, has_moved in enumerate(moved, 1) if not has_moved] == [3, 7]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_growth_beside_the_weights_knows_no_loss_scale(fused):
+    def grow(weight, gradient):  # a threshold, so that the scale would decide
+        return (gradient.abs() > 0.01).float() + gradient.abs().clamp(max=0.01)
+
+    method = Method("mine", SCHEDULES["constant"], lambda step, position: 0.5, grow)
+    ours, plainly = (scaled_run(fused, scale, (), method=method)[2] for scale in (2.0**16, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plainly, strict=True))
 
 
 def test_sanhs_movement_sees_every_step_and_is_resumed():

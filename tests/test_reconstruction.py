@@ -125,6 +125,22 @@ def test_the_output_stays_closer_than_with_wanda_or_magnitude(kind, context):
     assert errors["sparsegpt"] < much * min(errors["wanda"], errors["magnitude"])
 
 
+@pytest.mark.parametrize("context", ["local", "output"])
+@pytest.mark.parametrize("columns", [64, 256])
+def test_blocks_of_the_usual_size_beat_wanda_on_wide_layers_too(columns, context):
+    errors = {"wanda": 0.0, "sparsegpt": 0.0}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layer = nn.Linear(columns, 32, bias=False)
+        x = torch.randn(1000, columns) @ torch.randn(columns, columns) * (torch.rand(columns) + 0.1)
+        for how in errors:
+            twin = copy.deepcopy(layer)
+            sparsifier = Sparsifier(twin, context=context, criteria="wanda", layer_type=nn.Linear, data=x)
+            sparsegpt(sparsifier, 50) if how == "sparsegpt" else sparsifier.sparsify_model(50)
+            errors[how] += float((twin(x) - layer(x)).square().sum())
+    assert errors["sparsegpt"] < 0.9 * errors["wanda"]
+
+
 def test_later_layers_see_what_earlier_ones_have_become():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))

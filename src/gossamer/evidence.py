@@ -81,11 +81,12 @@ class Evidence:
         self._gathered = None
 
     @torch.no_grad()
-    def observe(self, weights: Mapping[str, Tensor]) -> None:
+    def observe(self, weights: Mapping[str, Tensor], factor: Tensor | None = None) -> None:
         """Looks at the gradients of one step, right before the optimizer makes it.
 
         Args:
             weights: layer name → weight, with its gradient where it has one.
+            factor: what gradients are multiplied with, 0-d; 0 where the step will do nothing. None for 1.
         """
         kept = self.kept.get("accumulated")
         if kept is None:
@@ -100,7 +101,7 @@ class Evidence:
             gradient = weight.grad.to_dense() if weight.grad.layout != torch.strided else weight.grad
             sums.append(kept[name])
             parts[0].append(widen(weight.detach()))
-            parts[1].append(widen(gradient))
+            parts[1].append(widen(gradient) if factor is None else scaled(gradient, factor))
         if sums:
             torch._foreach_addcmul_(sums, *parts, value=-1)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -162,6 +163,7 @@ class StepEvidence:
         criterion: says what is needed.
         seed: of the noise.
         step: which step it is.
+        factor: what gradients are multiplied with, 0-d; None for 1.
 
     Raises:
         ArgumentError: the criterion asks for something else.
@@ -174,14 +176,14 @@ class StepEvidence:
 
     KINDS = ("weight", "gradient", "noise")
 
-    def __init__(self, criterion: Criterion, seed: int, step: int) -> None:
+    def __init__(self, criterion: Criterion, seed: int, step: int, factor: Tensor | None = None) -> None:
         odd = next((kind for kind in criterion.needs if kind not in self.KINDS), None)
         if odd is not None:
             raise ArgumentError(
                 f"criterion {criterion.name!r} asks for {odd!r}, which is not there at a step; weights that grow are "
                 f"chosen by {', '.join(self.KINDS)}"
             )
-        self.criterion, self._key = criterion, f"{seed}/{step}"
+        self.criterion, self._key, self._factor = criterion, f"{seed}/{step}", factor
 
     def gather(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Everything that the criterion needs to score a layer.
@@ -201,7 +203,8 @@ class StepEvidence:
                     f"exclude=[{name!r}], or use skip_frozen=True"
                 )
             else:
-                have[kind] = weight.grad.to_dense() if weight.grad.layout != torch.strided else weight.grad
+                gradient = weight.grad.to_dense() if weight.grad.layout != torch.strided else weight.grad
+                have[kind] = gradient if self._factor is None else scaled(gradient, self._factor)
         return have
 
 
@@ -227,6 +230,17 @@ class ScoresOnDemand:
 
     def __getitem__(self, index: slice, /) -> Tensor:
         return self.criterion.score({name: widen(t[index]) for name, t in self.flat.items()})
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient times a 0-d factor, in float32 or wider; a factor of 0 takes infinity and nan to 0 as well.
+
+    Example:
+        >>> scaled(torch.tensor([2.0, torch.inf]), torch.tensor(0.0))
+        tensor([0., 0.])
+    """
+    factor = factor.to(gradient.device)
+    return torch.where(factor > 0, widen(gradient) * factor, 0.0)
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -112,6 +112,35 @@ def check_optimizer(optimizer: HasState | None) -> None:
     )
 
 
+def gradient_factor(optimizer: HasState | None) -> Tensor | None:
+    """What gradients are to be multiplied with right before a step that itself undoes a GradScaler's scale.
+
+    A fused optimizer gets scaled gradients, which may have overflowed, and the scale beside them; the others get them
+    unscaled, and are not called at all after an overflow.
+
+    Args:
+        optimizer: that is about to step.
+
+    Returns:
+        A 0-d tensor: 1 over the scale, or 0 where the step will do nothing; None where gradients are as they should be.
+
+    Example:
+        >>> import torch
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+        >>> gradient_factor(sgd)
+        >>> sgd.grad_scale, sgd.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        >>> gradient_factor(sgd)
+        tensor(0.2500)
+    """
+    inner = getattr(optimizer, "opt", optimizer)
+    scale: Tensor | None = getattr(inner, "grad_scale", None)
+    overflow: Tensor | None = getattr(inner, "found_inf", None)
+    if overflow is None:
+        return None
+    factor = torch.ones_like(overflow) if scale is None else scale.reciprocal()
+    return torch.where(overflow.to(factor.device) > 0, 0.0, factor)
+
+
 def forget(optimizer: HasState | None, parameters: Iterable[Tensor]) -> None:
     """Drops what an optimizer remembers of parameters, as if it had never stepped.
 

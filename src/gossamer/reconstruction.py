@@ -42,7 +42,8 @@ def sparsegpt(
             each block of M inputs; 'er', 'erk', 'uniform_plus' and a dict give layers targets of their own.
         sparsity: percent of weights to mask, as in `Sparsifier.sparsify_model`.
         block_size: columns whose masks are chosen together; with N:M, a multiple of M. By default the paper's 128, and
-            a sixteenth of a layer's columns where that is less: what the weights have become since has to be seen.
+            a sixteenth of a layer's columns where that is less: what the weights have become since has to be seen. In
+            'output' a quarter, and no fewer than 32: of a row's few columns each block would have to give its share.
         damping: share of the Hessian's mean diagonal that is added to its diagonal.
 
     Raises:
@@ -111,7 +112,9 @@ def solve(
     factor = _factor(hessian, damping, name)
     columns = weight.shape[2]
     if block_size is None:
-        few = columns if columns <= 16 else min(max(columns // 16, 4), 128)
+        # Inside one row a few columns would be a pattern, such as 2:4, which costs more than late choices gain.
+        share, least = (4, 32) if context.kind == "output" else (16, 4)
+        few = columns if columns <= 16 else min(max(columns // share, least), 128, columns)
         block_size = max(128 // context.m * context.m, context.m) if context.m else few
     kept = torch.ones_like(weight, dtype=torch.bool)
     diagonal = factor.diagonal(dim1=1, dim2=2)

@@ -290,7 +290,9 @@ class Sparsifier:
         with self._layers.scored_by(by):
             self._mover.move(fractions, round_to, state_of, fixed)
 
-    def exchanged(self, fraction: float, grow: Criterion, step: int, seed: int = 0) -> dict[str, Tensor]:
+    def exchanged(
+        self, fraction: float, grow: Criterion, step: int, seed: int = 0, factor: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Masks in which the least important of the kept units have made room for others; `exchange` puts them there.
 
         Args:
@@ -298,6 +300,7 @@ class Sparsifier:
             grow: by what others come, the highest scores first; looks at gradients, weights or noise.
             step: which step it is, for the noise.
             seed: of the noise.
+            factor: what gradients are multiplied with, 0-d; None for 1.
 
         Returns:
             Layer name → bool, one a unit.
@@ -306,7 +309,7 @@ class Sparsifier:
             ArgumentError: what grows is asked to be chosen by something that a step does not have.
             StateError: a layer has no gradient, and that is asked for.
         """
-        return self._mover.exchanged(fraction, grow, StepEvidence(grow, seed, step))
+        return self._mover.exchanged(fraction, grow, StepEvidence(grow, seed, step, factor))
 
     def exchange(self, masks: Mapping[str, Tensor], state_of: StateOf = lambda _: ()) -> None:
         """Puts masks in place that `exchanged` gave; what they let grow starts at zero, and so does its state.
@@ -317,9 +320,13 @@ class Sparsifier:
         """
         self._mover.replace(masks, state_of)
 
-    def observe(self) -> None:
-        """Looks at the gradients of one step, right before the optimizer makes it."""
-        self.evidence.observe({t.name: t.weight for t in self.targets})
+    def observe(self, factor: Tensor | None = None) -> None:
+        """Looks at the gradients of one step, right before the optimizer makes it.
+
+        Args:
+            factor: what gradients are multiplied with, 0-d; 0 where the step will do nothing. None for 1.
+        """
+        self.evidence.observe({t.name: t.weight for t in self.targets}, factor)
 
     def check_criterion(self, criterion: Criterion) -> None:
         """Makes sure that there is data for another criterion.

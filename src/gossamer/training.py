@@ -15,7 +15,14 @@ from gossamer.errors import ArgumentError, StateError
 from gossamer.keeping import has_zeros_beside
 from gossamer.letting_go import LetGo
 from gossamer.methods import Exchange, Method, as_method, schedule_of, warn_if_nothing_moves
-from gossamer.optimizers import HasState, check_optimizer, checked_steps, optimizer_tensors, watched
+from gossamer.optimizers import (
+    HasState,
+    check_optimizer,
+    checked_steps,
+    gradient_factor,
+    optimizer_tensors,
+    watched,
+)
 from gossamer.report import SparsityReport
 from gossamer.rules.criteria import CRITERIA
 from gossamer.rules.schedules import Schedule
@@ -154,13 +161,14 @@ class SparseTraining:
         """
         self._has_looked = True
         self._exchanged = {}
-        self.sparsifier.observe()
+        factor = gradient_factor(self.optimizer)
+        self.sparsifier.observe(factor)
         if self.method.exchange is None or not self.progress:
             return
         step, seed = self.steps_done + 1, self.sparsifier.evidence.seed
         share = self.method.share(step, self._position(position))
-        if share:
-            self._exchanged = self.sparsifier.exchanged(share, self.method.grow, step, seed)
+        if share and (factor is None or bool(factor)):  # what has overflowed says nothing, and its step is left out
+            self._exchanged = self.sparsifier.exchanged(share, self.method.grow, step, seed, factor)
 
     def _position(self, position: float | None) -> float:
         if position is not None:

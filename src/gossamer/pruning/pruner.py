@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from gossamer.calibration import Calibration, as_calibration, check_data
 from gossamer.errors import ArgumentError, StateError, TargetError
 from gossamer.evidence import Evidence
-from gossamer.optimizers import HasState, check_optimizer, checked_steps, watched
+from gossamer.optimizers import HasState, check_optimizer, checked_steps, gradient_factor, watched
 from gossamer.pruning.choosing import Choice, check_context
 from gossamer.pruning.counting import shared_out
 from gossamer.pruning.filters import as_filter_types, filter_layers, kept_whole
@@ -191,7 +191,7 @@ class Pruner:
         A torch.optim.Optimizer calls it by itself, through its step's pre-hook. Only criteria that add up gradients
         over the steps, as 'sanh_movement' does, need it.
         """
-        self._scores.observe()
+        self._scores.observe(gradient_factor(self.optimizer))
 
     def step(self, position: float | None = None) -> bool:
         """Follows one step of the optimizer: removes filters up to where the schedule stands.

@@ -126,9 +126,13 @@ class UnitScores:
                 stacklevel=2,
             )
 
-    def observe(self) -> None:
-        """Looks at the gradients of one step, right before the optimizer makes it."""
-        self.evidence.observe({n: t.weight for n, t in self.targets.items()})
+    def observe(self, factor: Tensor | None = None) -> None:
+        """Looks at the gradients of one step, right before the optimizer makes it.
+
+        Args:
+            factor: what gradients are multiplied with, 0-d; 0 where the step will do nothing. None for 1.
+        """
+        self.evidence.observe({n: t.weight for n, t in self.targets.items()}, factor)
 
     def cut(self, parameter: Tensor, cut: Slice) -> None:
         """Cuts what is remembered of a parameter along with it."""
