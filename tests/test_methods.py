@@ -290,7 +290,7 @@ def test_an_exchange_keeps_a_pattern(context):
 
 
 def scaled_run(fused: bool, scale: float, overflows: tuple[int, ...], **rules):
-    """Twelve steps under a GradScaler, some of which overflow: the run, -Σ w · ∂L/∂w of the others, the masks at each."""
+    """Twelve steps under a GradScaler, some of which overflow: the run, -Σ w · ∂L/∂w of the others, all masks."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)

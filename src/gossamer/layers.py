@@ -111,7 +111,7 @@ class Layers(Mapping[str, Layer]):
                 raise TargetError(
                     f"layer {target.name!r}: granularity {granularity.name!r} leaves {inputs} units along its "
                     f"inputs, which do not divide into blocks of {m} as the context needs; N:M goes with "
-                    "granularity='weight'"
+                    f"granularity='weight'; or leave it dense with exclude=[{target.name!r}]"
                 )
             raise TargetError(
                 f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of {m}, "

@@ -324,7 +324,7 @@ def schedule_of(schedule: Schedule | str | Callable[..., Any] | None, method: Me
         'constant'
     """
     if schedule is not None:
-        if method.schedule is not None and method.exchange is None:
+        if method.schedule not in (None, schedule) and method.exchange is None:
             raise ArgumentError(
                 f"method {method.name!r} is a schedule of its own, {method.schedule.name!r}, and does nothing under "
                 "another one; leave out schedule=, or method="
