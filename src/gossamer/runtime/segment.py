@@ -139,7 +139,7 @@ def is_plain(x: Tensor) -> bool:
 def _is_real(x: Tensor) -> bool:
     """Whether its numbers are there: not where torch.export, vmap or a trace only looks at what would be computed."""
     try:
-        return x.data_ptr() != 0 and not torch.jit.is_tracing()
+        return x.data_ptr() != 0 and not cast(Any, torch.jit).is_tracing()
     except RuntimeError:
         return False
 
