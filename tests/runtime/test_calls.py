@@ -186,7 +186,7 @@ def test_a_network_that_reads_its_layers_runs_layer_by_layer() -> None:
 
 
 def test_who_only_looks_at_what_is_computed_sees_pytorch() -> None:
-    net = nn.Sequential(sparse(nn.Conv2d(3, 8, 3)))
+    net = sparse(nn.Sequential(nn.Conv2d(3, 8, 3)))
     fast, some = runtime.compile(net, image(8)), torch.randn(4, 1, 3, 8, 8)
     with torch.no_grad():
         assert error(torch.vmap(fast.graph)(some), torch.vmap(net)(some)) < 1e-5
