@@ -233,7 +233,7 @@ def test_small_images_share_a_tile_and_pointwise_layers_are_run_in_place() -> No
     conv = Layer(sparse((64, 64, 3, 3), 0.9), None, Geometry(padding=(1, 1)))
     for isa in ISAS:
         program = Program(chain(conv).graph, [Signature((16, 64, 6, 6))], 1, isa)
-        [text] = program.texts().values()
+        [text] = ways(program).values()
         assert int(text.split(" images")[0].split(", ")[1]) > 1, text
     point = Layer(sparse((64, 64, 1, 1), 0.9), None, Geometry())
     for images, where in ((1, "in place"), (8, "in place")):

@@ -20,15 +20,18 @@ pytestmark = [needs_library, pytest.mark.filterwarnings("ignore")]  # torch.expo
 
 
 class Once:
-    """torch.export, whose work for one network serves every sparsity of it: its programs hold the network's weights."""
+    """torch.export, whose work for one network serves every sparsity of it: its program holds that copy's weights."""
 
     def __init__(self) -> None:
         self.made: Any = None
         self.real = capture.export
+        self.model: Any = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.made is None:
-            self.made = self.real(*args, **kwargs).run_decompositions({})
+            self.model = model
+            self.made = self.real(model, *args, **kwargs).run_decompositions({})
+        self.model.load_state_dict(model.state_dict())
         return self
 
     def run_decompositions(self, _: Any) -> Any:

@@ -49,7 +49,7 @@ def as_inputs(model: nn.Module, example_inputs: Any = None) -> tuple[Any, ...]:
     if not any(isinstance(item, Tensor) for item in given):
         kind = type(example_inputs).__name__
         raise ArgumentError(
-            f"example_inputs is a {kind} without a tensor in it; give one batch, such as xb[:2], or torch.from_numpy(…)"
+            f"example_inputs, a {kind}, holds no tensor; give one batch, such as xb[:2], or torch.from_numpy(…)"
         )
     return tuple(item.detach().to(device) if isinstance(item, Tensor) else item for item in given)
 
