@@ -117,3 +117,27 @@ def test_what_a_trial_found_holds_for_every_size(monkeypatch: pytest.MonkeyPatch
     _, fast = halves(tune=True)
     rows = fast.explain(torch.randn(1, 8, 4, 4))
     assert [row.runs for row in rows if row.op.startswith("conv2d")] == ["sparse"] * 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_last_small_layer_stays_where_going_back_to_pytorch_would_take_longer(threads: int) -> None:
+    def head(sparsity: float) -> runtime.PlanRow:
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(8, 512, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)
+        )
+        Sparsifier(net, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model({"0": 90, "4": sparsity})
+        [row] = [
+            r for r in runtime.compile(net.eval(), torch.randn(1, 8, 16, 16)).explain() if r.op.startswith("linear")
+        ]
+        return row
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert head(80).runs == "sparse"
+        assert head(50).runs == ("dense" if threads == 1 else "sparse")
+        assert ("PyTorch and back" in head(50).why) == (threads > 1)
+        assert head(0).runs == "dense"
+    finally:
+        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ _LEAST = 20.0
 _GAIN = 0.9
 """Of the dense time, what a sparse layer may be expected to take: the estimates are no better than that."""
 
+_BACK, _BACK_WITH_THREADS = 75_000.0, 500_000.0
+"""What it costs to go from the engine to PyTorch for a layer, and back: its threads, if any, spin on for a while."""
+
 _ROUNDS = 7
 _MARGIN = 0.9
 """What a trial must gain over the expected way to overrule it: machines are noisy."""
@@ -43,8 +47,10 @@ def choose(graph: GraphModule, args: tuple[Any, ...], *, tune: bool = False) -> 
             if isinstance(module, Layer):
                 module.is_sparse = runs_sparse(module)
         return
+    choice = _Choice(graph, tune)
     with torch.no_grad():
-        _Choice(graph, tune).run(*args)
+        choice.run(*args)
+    _stay(choice.costs)
 
 
 def runs_sparse(layer: Layer) -> bool:
@@ -60,32 +66,44 @@ class _Choice(Interpreter):
     def __init__(self, graph: GraphModule, tune: bool) -> None:
         super().__init__(graph)
         self._tune = tune
-        self._seen: set[Layer] = set()
+        self.costs: dict[Layer, tuple[float, float] | None] = {}
 
     def run_node(self, n: Node) -> Any:
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        if isinstance(module, Layer) and module not in self._seen:
-            self._seen.add(module)
+        if isinstance(module, Layer) and module not in self.costs:
             inputs, _ = self.fetch_args_kwargs_from_env(n)
-            _settle(module, tuple(inputs), self._tune)
+            self.costs[module] = _settle(module, tuple(inputs), self._tune)
         return super().run_node(n)
 
 
-def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> None:
+def _stay(costs: Mapping[Layer, tuple[float, float] | None]) -> None:
+    """Keeps the last dense layers of a network sparse, too, where going back to PyTorch for them would take longer."""
+    dense = [(layer, cost) for layer, cost in costs.items() if not layer.is_sparse]
+    if len(dense) == len(costs) or any(cost is None or layer.is_measured for layer, cost in dense):
+        return
+    longer = sum(cost[0] - cost[1] for _, cost in dense if cost is not None)
+    if longer < (_BACK if torch.get_num_threads() == 1 else _BACK_WITH_THREADS):
+        for layer, _ in dense:
+            layer.is_sparse = True
+
+
+def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> tuple[float, float] | None:
+    """What it should take sparse, and dense; None where there is no choice."""
     if layer.sparsity < _LEAST and not layer.is_depthwise:
         layer.is_sparse, layer.expected = False, None
-        return
+        return None
     try:
         value = signature_of(inputs[0], layer.geometry is None)
     except DoesNotFitError:  # an image without a batch
         layer.is_sparse, layer.expected = False, None
-        return
+        return None
     direct = IN_PLACE + OUT_PLACE if layer.is_pointwise and value.images * value.pixels >= FEW else 0
     sparse = layer.cost(value, 1, direct)
     if sparse is None:
         layer.is_sparse, layer.expected = False, None
-        return
-    layer.expected = sparse / layer.dense_cost(value)
+        return None
+    dense = layer.dense_cost(value)
+    layer.expected = sparse / dense
     # A depthwise layer that ran in PyTorch would also take apart what is around it.
     layer.is_sparse = layer.expected < _GAIN or layer.is_depthwise
     if tune:
@@ -94,6 +112,7 @@ def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> None:
             layer.is_sparse = not layer.is_sparse
         if measured is not None:
             layer.expected, layer.is_measured = measured, True
+    return sparse, dense
 
 
 def _tried(layer: Layer, inputs: tuple[Tensor, ...]) -> float | None:

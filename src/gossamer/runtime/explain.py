@@ -96,6 +96,8 @@ def _row(name: str, module: nn.Module, share: float | None) -> PlanRow:
         why = "a kernel for depthwise layers"
     elif module.expected is not None:
         why = f"{module.expected:.2f} of the dense time {'measured' if module.is_measured else 'expected'}"
+        if module.is_sparse and module.expected >= 1 and not module.is_measured:
+            why += ", less than a way to PyTorch and back"
     elif not module.is_sparse:
         why = "few zeros, or a shape without a kernel"
     else:
