@@ -357,8 +357,8 @@ CALLS = [
         lambda m: Sparsifier(m, "filter", "2:4"),
         TargetError,
         "'0'",
-        "'filter' leaves 1 units",
-        "granularity='weight'",
+        "1 units along its inputs do not divide into blocks of 4",
+        "granularity='weight', or leave it dense with exclude=['0']",
     ),
     bad(
         "context: beyond 2:4",

@@ -107,15 +107,10 @@ class Layers(Mapping[str, Layer]):
         layer = Layer(target, axes, view, dims, int(torch.Size(shape).numel()))
         inputs = shape[axes.index("i")]
         if m and inputs % m:
-            if "i" not in target.axes or shape[axes.index("i")] < target.view[target.axes.index("i")]:
-                raise TargetError(
-                    f"layer {target.name!r}: granularity {granularity.name!r} leaves {inputs} units along its "
-                    f"inputs, which do not divide into blocks of {m} as the context needs; N:M goes with "
-                    f"granularity='weight'; or leave it dense with exclude=[{target.name!r}]"
-                )
+            way = "" if granularity.name == "weight" else "take granularity='weight', or "
             raise TargetError(
-                f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of {m}, "
-                f"as the context needs; leave it dense with exclude=[{target.name!r}]"
+                f"layer {target.name!r}: {inputs} units along its inputs do not divide into blocks of {m}, as the "
+                f"context needs; {way}leave it dense with exclude=[{target.name!r}]"
             )
         return layer
 

@@ -237,12 +237,8 @@ class CompiledModel(nn.Module):
             if (key is None or key not in self._graphs) and self._is_alike(args, kwargs):
                 try:
                     return self.graph(*args)
-                except (
-                    AssertionError,
-                    TypeError,
-                    ValueError,
-                ):  # the capture's guards: these inputs are of another kind
-                    pass
+                except (AssertionError, TypeError, ValueError):
+                    pass  # the capture's guards: these inputs are of another kind
             return self._graph_for(_key(args, kwargs), args, kwargs)(*args, **kwargs)
 
     def _is_alike(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
