@@ -79,7 +79,8 @@ class _Choice(Interpreter):
 def _stay(costs: Mapping[Layer, tuple[float, float] | None]) -> None:
     """Keeps the last dense layers of a network sparse, too, where going back to PyTorch for them would take longer."""
     dense = [(layer, cost) for layer, cost in costs.items() if not layer.is_sparse]
-    if len(dense) == len(costs) or any(cost is None or layer.is_measured for layer, cost in dense):
+    fixed = any(cost is None or layer.is_measured or layer.sparsity < WORTH for layer, cost in dense)
+    if len(dense) == len(costs) or fixed:
         return
     longer = sum(cost[0] - cost[1] for _, cost in dense if cost is not None)
     if longer < (_BACK if torch.get_num_threads() == 1 else _BACK_WITH_THREADS):
