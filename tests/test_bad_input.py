@@ -24,7 +24,9 @@ from gossamer import (
     Criterion,
     FileError,
     GossamerError,
+    GossamerWarning,
     Granularity,
+    Pruner,
     Schedule,
     SparseTraining,
     Sparsifier,
@@ -964,3 +966,13 @@ def test_a_bad_call_says_what_is_bad_and_leaves_the_model_as_it_was(
         call(model)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
     assert (saved(model), plain.surface(model)) == before
+
+
+@pytest.mark.parametrize("sparsity", [0.5, {"conv1": 0.25, "conv2": 0.5}])
+def test_a_fraction_given_for_a_percentage_is_warned_about(sparsity: Any):
+    with pytest.warns(GossamerWarning, match="it is a percentage, so 50 means half"):
+        Sparsifier(Net()).sparsify_model(sparsity)
+    with pytest.warns(GossamerWarning, match="it is a percentage, so 50 means half"):
+        Pruner(Net(), sparsity, example_inputs=BATCH[0])
+    with pytest.warns(GossamerWarning, match="it is a percentage, so 50 means half"):
+        SparsifyCallback(sparsity)

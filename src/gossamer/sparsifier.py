@@ -26,7 +26,7 @@ from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.granularity import Granularity, Reduction, as_granularity, as_reduction, units_of
 from gossamer.rules.normalization import Normalization, as_normalization, normalize_none
 from gossamer.targets import LayerTypes, find_targets, unwrapped
-from gossamer.warning import warn_thin, warn_unchanged
+from gossamer.warning import warn_of_a_fraction, warn_thin, warn_unchanged
 
 
 class Sparsifier:
@@ -140,6 +140,7 @@ class Sparsifier:
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
             raise ArgumentError(f"iterations={iterations!r} is no positive integer; 1 masks all at once")
         fractions, fixed = self.resolve(sparsity, round_to), self.fixed_layers(sparsity)
+        warn_of_a_fraction(sparsity)
         self.check_weights()
         self.warn_unchanged(fractions)
         for i in range(1, iterations + 1):

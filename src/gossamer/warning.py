@@ -11,6 +11,22 @@ from gossamer.layers import Layer
 from gossamer.rules.allocation import Context
 
 
+def warn_of_a_fraction(sparsity: float | Mapping[str, float], stacklevel: int = 2) -> None:
+    """Warns where a percentage looks like a fraction.
+
+    Args:
+        sparsity: a percentage, or some by layer.
+        stacklevel: of whose line the warning speaks, as `warnings.warn` has it.
+    """
+    most = max(sparsity.values(), default=0) if isinstance(sparsity, Mapping) else sparsity
+    if 0 < most < 1:
+        warnings.warn(
+            f"sparsity={sparsity} is less than one percent; it is a percentage, so 50 means half",
+            GossamerWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
 def warn_thin(layers: Mapping[str, Layer], context: Context, granularity: str) -> None:
     """Warns where competing layers have left one of them next to nothing.
 

@@ -197,6 +197,13 @@ def test_bounds_hold_and_the_rest_is_shared_as_without_them(layers, data):
         (Context("global", floor=20, ceiling=75), Fraction(1, 2), [10, 8], 9, ([2, 2], [7, 6])),
         (Context("global", floor=20), Fraction(1, 10), [10, 8], 2, ([1, 1], [9, 7])),  # not reached yet
         (Context("global", ceiling=50), Fraction(1, 2), [3, 3], 3, ([0, 0], [2, 2])),  # 1 + 1 would be one too few
+        (
+            Context("global", floor=40, ceiling=50),
+            Fraction(9, 20),
+            [3, 97],
+            45,
+            ([1, 39], [1, 48]),
+        ),  # none in 1.2 to 1.5
     ],
 )
 def test_bounds_give_way_to_the_count(context, fraction, units, masked, expected):

@@ -12,7 +12,7 @@ from real_networks import error, image
 from torch import Tensor, nn
 
 from gossamer import Sparsifier, runtime
-from gossamer.errors import GossamerWarning
+from gossamer.errors import ArgumentError, GossamerWarning
 from gossamer.native import native
 
 
@@ -62,7 +62,7 @@ def test_the_network_is_not_changed_by_being_compiled() -> None:
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
+        self.conv = nn.Conv2d(3, 32, 3)
 
     def forward(self, x: Any) -> Any:
         first, second = (x["a"], x["b"]) if isinstance(x, dict) else x
@@ -72,8 +72,8 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("make", [lambda x: [x, x + 1], lambda x: {"a": x, "b": x + 1}, lambda x: (x, x + 1)])
 def test_lists_and_dicts_of_tensors_may_go_in(make: Any) -> None:
     net = sparse(Nested())
-    fast = runtime.compile(net, (make(image(8)),))
-    for x in (image(8), torch.randn(2, 3, 9, 9), torch.randn(2, 3, 9, 9)):
+    fast = runtime.compile(net, (make(image(24)),))
+    for x in (image(24), torch.randn(2, 3, 9, 9), torch.randn(2, 3, 9, 9)):
         with torch.no_grad():
             got, want = fast(make(x)), net(make(x))
         assert error(got["sum"], want["sum"]) < 1e-5
@@ -85,7 +85,7 @@ def test_lists_and_dicts_of_tensors_may_go_in(make: Any) -> None:
 class Optional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(16, 16)
+        self.fc = nn.Linear(512, 512)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0, named: bool = False) -> Any:
         y = self.fc(x) * scale
@@ -95,10 +95,10 @@ class Optional(nn.Module):
 
 def test_arguments_that_the_example_lacked_are_captured_once() -> None:
     net = sparse(Optional())
-    fast, x = runtime.compile(net, torch.randn(2, 16)), torch.randn(2, 16)
+    fast, x = runtime.compile(net, torch.randn(16, 512)), torch.randn(16, 512)
     with torch.no_grad():
         for factor in (1.0, 2.0, 3.0):
-            mask = torch.full((2, 1), factor)
+            mask = torch.full((16, 1), factor)
             assert error(fast(x, mask=mask)[0], net(x, mask=mask)[0]) < 1e-5
         assert len(fast._graphs) == 1
         assert error(fast(x=x)[0], net(x)[0]) < 1e-5
@@ -128,12 +128,82 @@ def test_a_dtype_that_the_network_takes_is_taken() -> None:
 
 def test_sizes_that_need_captures_without_end_run_in_pytorch() -> None:
     net = sparse(Nested())
-    fast = runtime.compile(net, ([image(8), image(8)],))
+    fast = runtime.compile(net, ([image(24), image(24)],))
     with torch.no_grad():
         for side in range(9, 18):
             x = image(side)
             assert error(fast([x, x])["sum"], net([x, x])["sum"]) < 1e-5
     assert len(fast._graphs) == 4
+
+
+class Sums(nn.Module):
+    """Three layers that the engine takes, an operator that it has no kernel for, and a dense layer with two results."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32) if norm else nn.Identity()
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        a = torch.tanh(self.norm(self.first(x)).relu() + self.second(torch.relu(self.first(y))))
+        return {"rows": self.last(a.mean((2, 3))), "sides": (a.shape[2], [a.amax(), self.last(a.mean((2, 3))).relu()])}
+
+
+@pytest.mark.parametrize("sparsity", [0, 90])
+def test_the_short_way_gives_what_the_checked_one_gives(sparsity: float) -> None:
+    net = sparse(Sums(), sparsity)
+    fast = runtime.compile(net, (image(24), image(24)))
+    with torch.no_grad():
+        for x in (image(24), image(40), torch.randn(3, 3, 24, 24), image(24)):
+            first, second, want = fast(x, x + 1), fast(x, x + 1), net(x, x + 1)
+            for got in (first, second):
+                assert error(got["rows"], want["rows"]) < 1e-5
+                assert got["sides"][0] == want["sides"][0]
+                assert error(got["sides"][1][0], want["sides"][1][0]) < 1e-5
+                assert error(got["sides"][1][1], want["sides"][1][1]) < 1e-5
+    assert len(fast._ways) == 3  # each of which went through the guards once
+    with pytest.raises(Exception, match="size"):
+        fast(image(24), image(25))
+
+
+def test_the_short_way_is_not_taken_by_what_the_guards_would_stop() -> None:
+    net = sparse(nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3)))
+    fast, x = runtime.compile(net, image(24)), image(24)
+    fast(x)
+    assert fast._ways
+    with torch.no_grad():
+        assert error(fast.double()(x.double()), net.double()(x.double())) < 1e-5  # the weights are other ones now
+        more = torch.randn(2, 3, 24, 24).double()
+        assert error(fast(input=more), net(input=more)) < 1e-5
+
+
+def test_more_kinds_of_inputs_than_are_kept() -> None:
+    net = sparse(nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)))
+    fast = runtime.compile(net, torch.randn(16, 512))
+    with torch.no_grad():
+        for n in (*range(1, 80), 3):
+            x = torch.randn(n, 512)
+            assert error(fast(x), net(x)) < 1e-5
+    assert 0 < len(fast._ways) <= 64
+
+
+def test_a_network_of_which_nothing_is_ours_is_called_as_it_is() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 2)).eval()
+    fast, x = runtime.compile(net, torch.randn(1, 8)), torch.randn(3, 8)
+    assert torch.equal(fast(x), net(x)), "the same operators"
+    assert not fast(x).requires_grad
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fast(torch.randn(3, 9))
+    with torch.no_grad():
+        want = net.double()(x.double())
+        assert error(fast.double()(x.double()), want) < 1e-12
+
+
+def test_a_part_that_is_compiled_already_is_named() -> None:
+    inside = runtime.compile(sparse(nn.Sequential(nn.Linear(512, 512))), torch.randn(1, 512))
+    with pytest.raises(ArgumentError, match="its part '1' is compiled already"):
+        runtime.compile(nn.Sequential(nn.ReLU(), inside).eval(), torch.randn(1, 512))
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 20), (1, 20, 20)])

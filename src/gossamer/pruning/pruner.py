@@ -29,6 +29,7 @@ from gossamer.rules.allocation import Context, as_context, check_round_to
 from gossamer.rules.criteria import Criterion, as_criterion
 from gossamer.rules.schedules import Schedule, as_schedule
 from gossamer.targets import LayerTypes, as_patterns, match_layers, resolve_sparsity, unwrapped
+from gossamer.warning import warn_of_a_fraction
 
 
 class Pruner:
@@ -110,6 +111,7 @@ class Pruner:
             raise TargetError(f"exclude={exclude!r} leaves no layer to prune, out of {len(names)}; exclude fewer")
         self.sparsity = sparsity
         self.targets: dict[str, Fraction] = resolve_sparsity(sparsity, wanted)
+        warn_of_a_fraction(sparsity)
         groups = [kept_whole(g, left_out) for g in groups]
         self.groups = tried(self.model, groups, inputs, expected, set(self.targets))
         self._surgeon = Surgeon(self.model, self.groups)

@@ -142,7 +142,8 @@ class Context:
         Args:
             fraction: of all units, to mask now; a floor above it waits until it is reached.
             units: how many each layer has.
-            masked: how many are to be masked in all of them; bounds that would not allow so many give way.
+            masked: how many are to be masked in all of them; bounds that would not allow so many give way. In a layer
+                so small that no whole number lies between its floor and its ceiling, the floor does.
 
         Example:
             >>> Context("global", ceiling=50).bounds(Fraction(1, 4), [10, 1], 3)
@@ -156,7 +157,9 @@ class Context:
         most = [min(math.floor(high * n), n - 1) if n > 1 else n for n in units]
         if sum(most) < masked:
             most = [max(math.ceil(high * n), 1) for n in units]
-        return least, most if sum(most) >= masked else list(units)
+        if sum(most) < masked:
+            most = list(units)
+        return [min(pair) for pair in zip(least, most, strict=True)], most
 
     def __str__(self) -> str:
         if self.m:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from gossamer.native import native
+from gossamer.runtime.capture import copied
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Layer
 from gossamer.runtime.program import DoesNotFitError
-from gossamer.runtime.segment import Segment, signature_of
+from gossamer.runtime.segment import Segment, gather, signature_of
 from gossamer.runtime.values import FEW
 
 WORTH = 40.0
@@ -23,7 +24,7 @@ WORTH = 40.0
 _LEAST = 20.0
 """Percent of zeros below which a layer is taken for a dense one."""
 
-_GAIN = 0.9
+GAIN = 0.9
 """Of the dense time, what a sparse layer may be expected to take: the estimates are no better than that."""
 
 _BACK, _BACK_WITH_THREADS = 75_000.0, 500_000.0
@@ -50,7 +51,8 @@ def choose(graph: GraphModule, args: tuple[Any, ...], *, tune: bool = False) -> 
     choice = _Choice(graph, tune)
     with torch.no_grad():
         choice.run(*args)
-    _stay(choice.costs)
+        _stay(choice.costs)
+        _leave(graph, args)
 
 
 def runs_sparse(layer: Layer) -> bool:
@@ -88,6 +90,28 @@ def _stay(costs: Mapping[Layer, tuple[float, float] | None]) -> None:
             layer.is_sparse = True
 
 
+def _leave(graph: GraphModule, args: tuple[Any, ...]) -> None:
+    """Leaves to PyTorch what gains less than a call of the engine takes: small layers that stand alone."""
+    gathered = copied(graph)
+    gather(gathered)
+    _Calls(gathered).run(*args)
+
+
+class _Calls(Interpreter):
+    """Runs a graph with segments, and makes those dense that its inputs are too few for."""
+
+    def run_node(self, n: Node) -> Any:
+        module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        result = super().run_node(n)
+        if isinstance(module, Segment):
+            inputs, _ = self.fetch_args_kwargs_from_env(n)
+            if module.stages(*inputs) is None:
+                for _, operator in module.operators():
+                    if isinstance(operator, Layer):
+                        operator.is_sparse = False
+        return result
+
+
 def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> tuple[float, float] | None:
     """What it should take sparse, and dense; None where there is no choice."""
     if layer.sparsity < _LEAST and not layer.is_depthwise:
@@ -106,7 +130,7 @@ def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> tuple[float
     dense = layer.dense_cost(value)
     layer.expected = sparse / dense
     # A depthwise layer that ran in PyTorch would also take apart what is around it.
-    layer.is_sparse = layer.expected < _GAIN or layer.is_depthwise
+    layer.is_sparse = layer.expected < GAIN or layer.is_depthwise
     if tune:
         measured = _tried(layer, inputs)
         if measured is not None and (measured < _MARGIN if not layer.is_sparse else measured * _MARGIN > 1):

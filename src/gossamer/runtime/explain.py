@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from gossamer.runtime.choice import WORTH
+from gossamer.runtime.choice import GAIN, WORTH
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.segment import OPERATORS, Segment
 
@@ -98,6 +98,8 @@ def _row(name: str, module: nn.Module, share: float | None) -> PlanRow:
         why = f"{module.expected:.2f} of the dense time {'measured' if module.is_measured else 'expected'}"
         if module.is_sparse and module.expected >= 1 and not module.is_measured:
             why += ", less than a way to PyTorch and back"
+        if not module.is_sparse and module.expected < GAIN:
+            why += ", but a call of the engine takes longer"
     elif not module.is_sparse:
         why = "few zeros, or a shape without a kernel"
     else:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.native import native
 from gossamer.runtime.capture import NotCapturedError, capture, copied
 from gossamer.runtime.choice import choose, runs_sparse
+from gossamer.runtime.direct import direct
 from gossamer.runtime.explain import LAYER, PlanRow, rows_of, table_of
 from gossamer.runtime.fusion import padding_of
 from gossamer.runtime.layers import Geometry, Layer
@@ -29,6 +31,9 @@ from gossamer.runtime.segment import Segment, gather
 _GRAPHS = 4
 """Captures that a network makes, beside the first, for inputs that need one of their own. Each takes seconds: what
 would need yet another runs in PyTorch."""
+
+_KINDS = 64
+"""Kinds of inputs that a network knows to be taken by its graph; where there are more, all are looked at anew."""
 
 
 def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> CompiledModel:
@@ -62,6 +67,12 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
         raise ArgumentError(f"compile takes a torch.nn.Module, got a {type(model).__name__}{hint}")
     if isinstance(model, CompiledModel):
         raise ArgumentError("the network is compiled already; call it as it is")
+    inside = next((name for name, m in model.named_modules() if isinstance(m, CompiledModel)), None)
+    if inside is not None:
+        raise ArgumentError(
+            f"its part {inside!r} is compiled already, and cannot be taken apart; put in the network that it was "
+            "compiled from, and compile the whole"
+        )
     if model.training:
         raise ArgumentError("the network is in training mode; compile(model.eval(), …) compiles it for inference")
     elsewhere = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
@@ -70,7 +81,8 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
     if native() is None:
         _say_once_that_nothing_is_compiled()
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    return CompiledModel(_own(model), arguments, tune=tune)
+    own = _own(model)
+    return CompiledModel(own, arguments, tune=tune, is_ours=own is not model)
 
 
 def _own(model: nn.Module) -> nn.Module:
@@ -126,11 +138,15 @@ class CompiledModel(nn.Module):
         model: the network; kept, to be captured anew for inputs that the first capture does not cover.
         arguments: example inputs.
         tune: as for `compile`.
+        is_ours: whether nobody else has the network, so that it may be cast with this.
     """
 
-    def __init__(self, model: nn.Module, arguments: tuple[Any, ...], *, tune: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, arguments: tuple[Any, ...], *, tune: bool = False, is_ours: bool = False
+    ) -> None:
         super().__init__()
         self._prepare(model, [Example.of(a) for a in arguments])
+        self._is_ours = is_ours
         self._dtypes = [getattr(a, "dtype", None) for a in arguments]
         with torch.no_grad():
             try:
@@ -148,6 +164,8 @@ class CompiledModel(nn.Module):
                     stacklevel=4,
                 )
                 self.graph = _replaced(model)
+        has_segment = any(isinstance(m, Segment) for m in self.graph.modules())
+        self._is_as_it_was = not has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
 
     @classmethod
     def _of(cls, graph: GraphModule, examples: Sequence[Example]) -> CompiledModel:
@@ -158,6 +176,8 @@ class CompiledModel(nn.Module):
         self.graph = _gathered(graph)
         return self
 
+    is_compiled = True
+
     def _prepare(self, model: nn.Module | None, examples: Sequence[Example]) -> None:
         # In tuples, so that they are no parts of this module.
         self._model = (model,)
@@ -165,9 +185,9 @@ class CompiledModel(nn.Module):
         self._examples = tuple(examples)
         self._dtypes: list[Any] | None = None
         self._graphs: dict[Any, nn.Module] = {}
+        self._ways: dict[Any, Callable[..., Any]] = {}  # for inputs of a kind that the graph took before
+        self._is_as_it_was = self._is_ours = False  # whether nothing is gained by the graph; see the arguments
         self.training = False
-
-    is_compiled = True
 
     @property
     def examples(self) -> tuple[Any, ...]:
@@ -225,21 +245,44 @@ class CompiledModel(nn.Module):
         Raises:
             ArgumentError: a network that was loaded does not take inputs of these shapes.
         """
-        with torch.no_grad():
-            if self._model[0] is None:
-                self._check(args, kwargs)
-                return self.graph(*args)
-            if self._flat[0] is None:  # the network's own code
-                return self.graph(*args, **kwargs)
-            if kwargs:
-                args, kwargs = _by_place(self._model[0], args, kwargs)
-            key = _key(args, kwargs) if self._graphs else None
-            if (key is None or key not in self._graphs) and self._is_alike(args, kwargs):
-                try:
-                    return self.graph(*args)
-                except (AssertionError, TypeError, ValueError):
-                    pass  # the capture's guards: these inputs are of another kind
-            return self._graph_for(_key(args, kwargs), args, kwargs)(*args, **kwargs)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._run(args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model = self._model[0]
+        if self._is_as_it_was and model is not None:
+            return model(*args, **kwargs)
+        kind = None if kwargs else _kind(args)
+        if kind is not None and kind in self._ways:
+            return self._ways[kind](*args)
+        if model is None:
+            self._check(args, kwargs)
+            return self._remembered(kind, self.graph(*args))
+        if self._flat[0] is None:  # the network's own code
+            return self.graph(*args, **kwargs)
+        if kwargs:
+            args, kwargs = _by_place(model, args, kwargs)
+        key = _key(args, kwargs) if self._graphs else None
+        if (key is None or key not in self._graphs) and self._is_alike(args, kwargs):
+            try:
+                result = self.graph(*args)
+            except (AssertionError, TypeError, ValueError):
+                pass  # the capture's guards: these inputs are of another kind
+            else:
+                return self._remembered(kind, result)
+        return self._graph_for(_key(args, kwargs), args, kwargs)(*args, **kwargs)
+
+    def _remembered(self, kind: Any, result: Any) -> Any:
+        """What the graph gave. The next inputs of that kind are spared its guards."""
+        if kind is not None:
+            way = next(iter(self._ways.values()), None) or _way(self.graph)
+            if len(self._ways) >= _KINDS:
+                self._ways.clear()
+            if way is not None:
+                self._ways[kind] = way
+        return result
 
     def _is_alike(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether as many arguments of the same dtypes were captured, of which a graph has no guard."""
@@ -250,6 +293,11 @@ class CompiledModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
         super()._apply(fn, recurse)
         self._dtypes = None  # of whatever dtype it is now
+        self._ways, self._graphs = {}, {}
+        if self._is_ours and self._model[0] is not None:
+            self._model[0]._apply(fn, recurse)
+        else:
+            self._is_as_it_was = False
         return self
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -309,6 +357,31 @@ def _gathered(flat: GraphModule) -> GraphModule:
     graph = copied(flat)
     gather(graph)
     return graph
+
+
+def _way(graph: nn.Module) -> Callable[..., Any] | None:
+    """What runs a graph without a look at the inputs; None where its inputs or results are unusual containers."""
+    found = direct(graph) if isinstance(graph, GraphModule) else None
+    if found is None:
+        return None
+    *inputs, call, output = found.graph.nodes
+    segment = found.get_submodule(str(call.target)) if call.op == "call_module" else None
+    is_all = isinstance(segment, Segment) and call.args == tuple(inputs) and output.args == (call,)
+    return segment.forward if segment is not None and is_all else found.forward
+
+
+def _kind(args: tuple[Any, ...]) -> Any:
+    """Shapes and dtypes of tensors, which settle what guards say of them; None where there is anything else."""
+    kind: list[Any] = []
+    for a in args:
+        if not isinstance(a, Tensor):
+            return None
+        kind += a.shape, a.dtype
+    try:
+        hash(shown := tuple(kind))
+    except TypeError:  # sizes that are symbols
+        return None
+    return shown
 
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -100,7 +101,7 @@ class Program:
         self.names = [s.name for s in steps]
         self.memory = _arrange(steps)
         self._steps = (Step * len(steps))(*[self._native(s) for s in steps])
-        self._kept: list[Tensor] = []
+        self._kept: list[_Call] = []
 
     def run(
         self,
@@ -120,31 +121,14 @@ class Program:
             seconds: an array of doubles, one a step, for what each takes.
         """
         threads = threads or self.threads
-        size = -(-self.memory // _PAGE) * _PAGE
-        workers = min(threads, batches)
         try:
-            memory = self._kept.pop()  # of nobody else from now on
+            call = self._kept.pop()  # of nobody else from now on
         except IndexError:
-            memory = torch.empty(0)
-        if len(memory) < size * workers + _PAGE:
-            memory = torch.zeros(size * workers + _PAGE)
-        start = memory.data_ptr() + -memory.data_ptr() % 64
-        given = (*inputs, *outputs)
-        buffers = (ctypes.c_void_p * (1 + len(given)))(start, *(x.data_ptr() for x in given))
-        strides = (ctypes.c_int64 * len(buffers))(size, *(x.numel() // batches for x in given))
-        run = Run(
-            ctypes.addressof(self._steps),
-            len(self._steps),
-            buffers,
-            strides,
-            len(buffers),
-            batches,
-            threads,
-            0,
-            seconds,
-        )
-        failed = native().gossamer_run(ctypes.byref(run))
-        self._kept.append(memory)
+            call = _Call(self)
+        call.run.batches, call.run.threads, call.run.seconds = batches, threads, seconds
+        call.give(min(threads, batches), inputs, outputs)
+        failed = native().gossamer_run(call.reference)
+        self._kept.append(call)
         if failed:
             raise MemoryError("not enough memory for the scratch of a sparse layer")
 
@@ -179,6 +163,32 @@ class Program:
             self._plans.append(plan)
             result.plan = plan.pointer
         return result
+
+
+class _Call:
+    """What a call of the compiled library reads, and its memory. Small networks take less time than making these."""
+
+    def __init__(self, program: Program) -> None:
+        self._size = -(-program.memory // _PAGE) * _PAGE
+        given = [math.prod(s.shape) for s in (*program.inputs, *program.outputs)]
+        self._buffers = (ctypes.c_void_p * (1 + len(given)))()
+        self._strides = (ctypes.c_int64 * len(self._buffers))(self._size, *given)
+        steps = program._steps
+        self.run = Run(
+            ctypes.addressof(steps), len(steps), self._buffers, self._strides, len(self._buffers), 1, 1, 0, None
+        )
+        self.reference = ctypes.byref(self.run)
+        self._memory = torch.empty(0)
+
+    def give(self, workers: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Memory for as many threads, and the tensors."""
+        buffers = self._buffers
+        if len(self._memory) < self._size * workers + _PAGE:
+            self._memory = torch.zeros(self._size * workers + _PAGE)
+            start = self._memory.data_ptr()
+            buffers[0] = start + -start % 64
+        for i, x in enumerate((*inputs, *outputs), 1):
+            buffers[i] = x.data_ptr()
 
 
 def estimate(
@@ -216,19 +226,26 @@ def estimate(
 
 
 def layer_costs(graph: GraphModule, inputs: Sequence[Signature], isa: int = -1) -> tuple[float, float]:
-    """What a graph's layers are expected to take with one thread: in the engine, and dense in PyTorch.
+    """What a graph's layers are expected to take with one thread: in one call of the engine, and dense in PyTorch.
 
     Raises:
         DoesNotFitError: some operator has no kernel for these shapes.
     """
-    sparse = dense = 0.0
+    sparse, dense = _CALL, 0.0
     for step in _lower(graph, inputs)[0]:
-        if isinstance(step.module, Layer):
-            cost = step.module.cost(step.a.value, 1, step.direct, isa)
+        module = step.module
+        if isinstance(module, Layer):
+            cost = module.cost(step.a.value, 1, step.direct, isa)
             if cost is None:
                 raise DoesNotFitError(step.name)
-            sparse, dense = sparse + cost, dense + step.module.dense_cost(step.a.value)
+            sparse += cost
+            dense += module.dense_cost(step.a.value) + (_CALL_LINEAR if module.geometry is None else _CALL_CONV)
     return sparse, dense
+
+
+_CALL, _CALL_LINEAR, _CALL_CONV = 40_000.0, 20_000.0, 45_000.0
+"""What it costs to call the engine, and PyTorch for a layer, before anything is computed: some millionths of a second,
+as measured on an Emerald Rapids. It is what small layers cost."""
 
 
 _AWAY = 24.0

@@ -14,6 +14,7 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from gossamer.native import native
+from gossamer.runtime.direct import direct
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool, Mean, Scale
 from gossamer.runtime.program import DoesNotFitError, layer_costs, output_of, returns_of
@@ -48,6 +49,7 @@ class Segment(nn.Module):
         self._isa = -1  # the best that there is
         self._kept: OrderedDict[Any, list[Stage] | None] = OrderedDict()
         self._lock = threading.Lock()
+        self._direct: tuple[Any] | None = None
 
     @classmethod
     def of(cls, operator: nn.Module, n_inputs: int = 1, *, declines: bool = False) -> Segment:
@@ -74,7 +76,15 @@ class Segment(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """What the graph gives."""
         stages = self.stages(*inputs)
-        return self.graph(*inputs) if stages is None else self._given(run_stages(stages, inputs))
+        return self._declined(inputs) if stages is None else self._given(run_stages(stages, inputs))
+
+    def _declined(self, inputs: Sequence[Tensor]) -> Any:
+        found = self._direct
+        if found is None:
+            self._direct = found = (
+                direct(self.graph) or self.graph,
+            )  # in a tuple, so that it is no part of this module
+        return found[0](*inputs)
 
     def timed(self, *inputs: Tensor) -> tuple[Any, list[tuple[str, float]]]:
         """What the graph gives, and the seconds of each step by the name of its operator."""
@@ -118,7 +128,7 @@ class Segment(nn.Module):
 
     # Copied and pickled networks make their own.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None, "_direct": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -126,7 +136,7 @@ class Segment(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Segment:
         super()._apply(fn, recurse)
-        self._kept = OrderedDict()
+        self._kept, self._direct = OrderedDict(), None
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from gossamer.calibration import Calibration
-from gossamer.errors import ArgumentError, FileError, GossamerWarning
+from gossamer.errors import ArgumentError, FileError
 from gossamer.integrations.fastai.data import as_data
 from gossamer.methods import Method, as_method, schedule_of
 from gossamer.rules.allocation import Context, as_context, as_fraction, check_round_to, check_target
@@ -22,6 +21,7 @@ from gossamer.rules.schedules import Schedule
 from gossamer.sparsifier import Sparsifier
 from gossamer.targets import as_layer_types, as_patterns, resolve_sparsity
 from gossamer.training import SparseTraining
+from gossamer.warning import warn_of_a_fraction
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,7 @@ def request(given: Mapping[str, Any]) -> Request:
     for name, percent in sparsity.items() if isinstance(sparsity, dict) else [("*", sparsity)]:
         check_target(as_fraction(percent), context if name == "*" or not context.is_shared else Context("local"))
     check_round_to(asked.round_to, context)
-    most = max(sparsity.values(), default=0) if isinstance(sparsity, dict) else sparsity
-    if 0 < most < 1:
-        warnings.warn(
-            f"sparsity={sparsity} is less than one percent; it is a percentage, so 50 means half",
-            GossamerWarning,
-            stacklevel=3,
-        )
+    warn_of_a_fraction(sparsity, 3)
     if isinstance(sparsity, dict) and context.is_shared and "*" not in sparsity:
         raise ArgumentError(
             f"a sparsity for each layer needs context='local'; with '{context}' give one number, or add '*' for "

@@ -1,0 +1,86 @@
+"""The shortest way through a captured network, for inputs of a kind that went through it before."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.nn import functional as F
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from gossamer.runtime.activations import ACTIVATIONS
+from gossamer.runtime.layers import Layer
+
+
+def direct(graph: GraphModule) -> GraphModule | None:
+    """A graph that does what a graph does and checks nothing; None where it takes or gives unusual containers.
+
+    In a network of a few small layers, what torch.export wraps a graph in takes longer than the layers.
+
+    Args:
+        graph: as `capture` gives it, or a part of that. Its weights are taken as they are now.
+
+    Example:
+        >>> import torch
+        >>> from gossamer.runtime.capture import capture
+        >>> graph = capture(torch.nn.Linear(2, 2).eval(), (torch.ones(3, 2),))
+        >>> torch.equal(direct(graph)(torch.ones(5, 2)), graph(torch.ones(5, 2)))
+        True
+    """
+    info = getattr(graph.graph._codegen, "pytree_info", None)
+    if info is not None and not (_is_flat(info.in_spec) and _is_usual(info.out_spec)):
+        return None
+    new, values, root = Graph(), dict[Node, Any](), dict[str, Any]()
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            result: Any = map_arg(node.args[0], values.__getitem__)
+            new.output(result if info is None else tree_unflatten(list(result), info.out_spec))
+        elif node.op != "call_module" or node.users:  # no guard
+            values[node] = _copied(graph, new, node, values, root)
+    made = GraphModule(root, new)
+    new.eliminate_dead_code()  # sizes that only guards wanted
+    made.recompile()
+    return made
+
+
+def _is_flat(spec: TreeSpec) -> bool:
+    args, kwargs = spec.children()
+    return not kwargs.num_children and all(s.is_leaf() for s in args.children())
+
+
+def _is_usual(spec: TreeSpec) -> bool:
+    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(_is_usual(s) for s in spec.children()))
+
+
+def _copied(graph: GraphModule, new: Graph, node: Node, values: dict[Node, Any], root: dict[str, Any]) -> Node:
+    if node.op not in ("call_module", "get_attr"):
+        return new.node_copy(node, values.__getitem__)
+    target = str(node.target)
+    value = operator.attrgetter(target)(graph)
+    if isinstance(value, Layer):
+        return _inlined(new, value, target, [values[a] for a in node.args if isinstance(a, Node)], root)
+    root[target] = value
+    return new.node_copy(node, values.__getitem__)
+
+
+def _inlined(new: Graph, layer: Layer, name: str, inputs: list[Node], root: dict[str, Any]) -> Node:
+    """What the layer's own `forward` does, without a call of a module."""
+
+    def weight(value: Any, kind: str) -> Node:
+        root[f"{kind}_{len(root)}"] = value
+        return new.get_attr(f"{kind}_{len(root) - 1}")
+
+    g = layer.geometry
+    x, residual = inputs[0], inputs[1] if len(inputs) > 1 else None
+    parts = (x, weight(layer.weight, "weight"), None if layer.bias is None else weight(layer.bias, "bias"))
+    if g is None:
+        y = new.call_function(F.linear, parts)
+    else:
+        y = new.call_function(F.conv2d, (*parts, g.stride, g.padding, g.dilation, g.groups))
+    if residual is not None and not layer.add_last:
+        y = new.call_function(operator.add, (y, residual))
+    if layer.activation != "none":
+        y = new.call_function(ACTIVATIONS[layer.activation], (y,))
+    return new.call_function(operator.add, (y, residual)) if residual is not None and layer.add_last else y
