@@ -48,8 +48,11 @@ bool fits(GossamerPlan& p, const GossamerUse& use) {
 void plan_planes(GossamerPlan& p, const Phases& phases) {
   const int32_t lanes = p.kernels->lanes, kw = p.layer->s.kw;
   const Shape& s = p.layer->s;
-  // Of two phases half of what is copied would not be met again; of one, all is, and a mask costs more than a copy.
-  if (p.kernels->plane_in_place && s.sx == 2 && s.kh * s.kw <= 64) {
+  // Of two phases half of what is copied would not be met again; of one, all is, and a mask costs more than a copy, but
+  // where each row is read once.
+  p.by_rows = s.kh == 3 && s.kw == 3 && s.sy == s.sx && s.sx <= 2 && s.dy == 1 && s.dx == 1 &&
+              p.layer->values.size() == size_t(s.out) * 9;
+  if (p.kernels->plane_in_place && (p.by_rows || (s.sx == 2 && s.kh * s.kw <= 64))) {
     for (int32_t place : p.layer->places)
       p.taps.insert(p.taps.end(), {place / kw * s.dy - s.py, place % kw * s.dx - s.px});
   }
@@ -146,7 +149,8 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     plan_planes(*p, phases);
     // Parts begin at lines of the cache, since two threads that write to one wait for each other.
     p->part_rows = p->out_height;
-    if ((p->n_phases == 1 || !p->taps.empty()) && p->images < use->threads) {
+    const bool whole = by_channels(int64_t(p->out_height) * p->out_width, use->threads);
+    if ((p->n_phases == 1 || !p->taps.empty()) && p->images < use->threads && !whole) {
       const int64_t line = 16 / std::gcd(int64_t(p->out_width), int64_t(16));
       p->part_rows = int32_t(std::min<int64_t>(up(up(p->out_height, use->threads), line) * line, p->out_height));
     }
@@ -169,7 +173,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     p->width = p->out_width = int32_t(pixels);
     p->write_direct = use->direct & 2;
     if (use->dry) return p.release();
-    share_out(*p, groups_for(*p, use->threads, p->across));
+    share_out(*p, by_channels(pixels, use->threads) ? std::min(use->threads, s.out) : groups_for(*p, use->threads, p->across));
     pack(*p, phases, tile.block, 1);
     return p.release();
   }

@@ -104,7 +104,8 @@ void run_planes(const Run& run, int64_t item) {
   if (!p.taps.empty()) {
     for (int32_t o = begin; o < end; o++)
       p.kernels->plane_in_place({at(run.a, image, o / per_channel), weights + starts[o], p.taps.data() + 2 * starts[o],
-                                 int32_t(starts[o + 1] - starts[o]), p.height, p.width, s.sy, s.sx, top, o, write});
+                                 int32_t(starts[o + 1] - starts[o]), p.height, p.width, s.sy, s.sx, top, o, write,
+                                 p.by_rows});
     return;
   }
   // Behind the last row, what the kernel reads of rows and columns that it does not write.
@@ -147,10 +148,9 @@ void run_block(const GossamerPlan& p, const Block& block, int32_t vectors, Rows&
 void run_in_place(const Run& run, int64_t item) {
   const GossamerPlan& p = *run.step.plan;
   static thread_local Scratch sums;
-  const int64_t n_groups = int64_t(p.groups.size());
-  const Group& group = p.groups[item % n_groups];
+  const Group& group = p.groups[item / p.across];
   if (group.channels.empty()) return;
-  const int64_t tile = item / n_groups, at = tile * p.row_vectors * p.kernels->lanes;
+  const int64_t tile = item % p.across, at = tile * p.row_vectors * p.kernels->lanes;
   const int32_t vectors = int32_t(std::min<int64_t>(p.row_vectors, p.all_vectors - tile * p.row_vectors));
   Rows rows = rows_of(p, group);
   rows.unit = run.a.view.channel;

@@ -24,6 +24,9 @@ struct Costs {
   double sums(int32_t t) const { return 5.0 * t * multiply; }
 };
 
+// What it costs to fetch a line that another core wrote.
+constexpr double FOREIGN = 25.0;
+
 // What threads that share tiles take: no thread should wait for the last, and each should find in its cache what it wrote
 // in the layer before, which it does where tiles alone are shared out.
 double shared(const GossamerPlan& p, int32_t threads, double cost, int64_t tiles) {
@@ -42,6 +45,10 @@ void for_kernels(int32_t isa, F use) {
 }
 
 }  // namespace
+
+bool by_channels(int64_t pixels, int32_t threads) {
+  return threads > 1 && pixels * int64_t(sizeof(float)) < int64_t(threads) * 4096;
+}
 
 int32_t groups_for(const GossamerPlan& p, int32_t threads, int64_t tiles) {
   int32_t groups = 1;
@@ -122,7 +129,9 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t
         const double alone = double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
                                              std::max(0.0, met - out) * costs.sums(int32_t(t)) +
                                              n_planes * double(t) * 2 + out * (8 + 4.0 * double(t)));
-        const double cost = shared(p, threads, alone, tiles);
+        const double cost = by_channels(pixels, threads)
+                                ? alone + FOREIGN * n_planes * double(up(pixels, 16)) * (threads - 1)
+                                : shared(p, threads, alone, tiles);
         if (cost < best.cost) {
           best.cost = cost;
           best.kernels = kernels;

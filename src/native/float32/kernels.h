@@ -78,6 +78,7 @@ struct PlaneInPlace {
   int32_t top;             // the first row that is written
   int32_t channel;
   Writer write;
+  bool by_rows;            // nine weights, of 3 × 3 pixels that are next to each other, in steps of 1 or of 2 both ways
 };
 
 // The largest of each window of one plane.

@@ -116,7 +116,91 @@ struct PlanedInPlace {
   }
 };
 
-void plane_in_place(const PlaneInPlace& a) { by_activation<PlanedInPlace>(a.write.activation, a); }
+// A row of a plane as three weights side by side meet it: each by L pixels, which are STEP apart.
+template <int STEP>
+struct Row {
+  V of[3];
+  INLINE Row(const float* x, const uint32_t (&inside)[3][2]) {
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) {
+      of[i] = load_some(x + i, inside[i][0]);
+      if constexpr (STEP == 2) of[i] = every_second(of[i], load_some(x + i + L, inside[i][1]));
+    }
+  }
+  INLINE V times(const V* weight) const { return weight[0] * of[0] + weight[1] * of[1] + weight[2] * of[2]; }
+};
+
+// A kernel of 3 × 3 weights: each row of the input is read once, and meets all rows of the output that it reaches, L columns
+// of each.
+template <int KIND, int STEP>
+INLINE void plane_by_rows(const PlaneInPlace& a) {
+  const Writer& w = a.write;
+  const V bias = all(w.bias ? w.bias[a.channel] : 0.0f);
+  float* out = w.out + a.channel * w.view.channel;
+  const float* more = w.residual ? w.residual + a.channel * w.residual_view.channel : nullptr;
+  V weight[9];
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; i++) weight[i] = all(a.weights[i]);
+  for (int32_t first = 0; first < w.columns; first += L) {
+    const int32_t n = w.columns - first < L ? w.columns - first : L, column = first * STEP + a.taps[1];
+    uint32_t inside[3][2];
+    for (int32_t i = 0; i < 3; i++) {
+      inside[i][0] = lanes_inside(column + i, a.width);
+      inside[i][1] = lanes_inside(column + i + L, a.width);
+    }
+    // Of the row that is written next, and of the one after it, what the rows before have given.
+    V sum = bias, next = bias;
+    const int32_t top = a.top * STEP + a.taps[0];
+    int32_t y = top;
+    auto meet = [&](auto use) {
+      if (y >= 0 && y < a.height) use(Row<STEP>(a.in + int64_t(y) * a.width + column, inside));
+      y++;
+    };
+    meet([&](const auto& x) { sum += x.times(weight); });
+    if constexpr (STEP == 1)
+      meet([&](const auto& x) {
+        sum += x.times(weight + 3);
+        next += x.times(weight);
+      });
+    for (int32_t row = 0; row < w.rows; row++) {
+      V after = bias;
+      if constexpr (STEP == 1) {
+        meet([&](const auto& x) {
+          sum += x.times(weight + 6);
+          next += x.times(weight + 3);
+          after += x.times(weight);
+        });
+      } else {
+        meet([&](const auto& x) { sum += x.times(weight + 3); });
+        meet([&](const auto& x) {
+          sum += x.times(weight + 6);
+          next += x.times(weight);
+        });
+      }
+      const int64_t at = int64_t(row) * w.pitch + first;
+      const V rest = more ? load_few(more + at, n) : V{};
+      V v = sum;
+      if (more && !w.add_last) v += rest;
+      v = activated<KIND>(v);
+      if (more && w.add_last) v += rest;
+      n == L ? store(out + at, v) : store_few(out + at, v, n);
+      sum = next;
+      next = after;
+    }
+  }
+}
+
+template <int KIND>
+struct PlanedByRows {
+  static INLINE void of(const PlaneInPlace& a) {
+    a.stride_x == 1 ? plane_by_rows<KIND, 1>(a) : plane_by_rows<KIND, 2>(a);
+  }
+};
+
+void plane_in_place(const PlaneInPlace& a) {
+  if (a.by_rows) by_activation<PlanedByRows>(a.write.activation, a);
+  else by_activation<PlanedInPlace>(a.write.activation, a);
+}
 #else
 void (*const plane_in_place)(const PlaneInPlace&) = nullptr;
 #endif
