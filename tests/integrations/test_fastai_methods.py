@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from helpers import Net, Watch, digits, learner, quiet
@@ -244,3 +245,16 @@ def test_what_is_said_names_the_method_and_that_the_fit_is_too_short_for_it():
 def test_a_bad_argument_raises_when_the_callback_is_made(arguments, said):
     with pytest.raises(ArgumentError, match=said):
         SparsifyCallback(**{"sparsity": 50, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("granularity", "context", "said"), [("filter", "erk", 1), ("weight", "erk", 0), ("filter", "local", 0)]
+)
+def test_a_target_of_units_of_different_sizes_is_said_to_be_one(granularity, context, said, capsys):
+    images = [(torch.randn(3, 8, 8), torch.tensor(i % 2)) for i in range(16)]
+    dls = DataLoaders.from_dsets(images[:8], images[8:], bs=4, num_workers=0, device="cpu")
+    model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.Conv2d(10, 30, 3), nn.Flatten(), nn.Linear(480, 2))
+    learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=SparsifyCallback(50, granularity=granularity, context=context))
+    assert capsys.readouterr().out.count("The 50% asked for count units of granularity 'filter'") == said

@@ -395,3 +395,22 @@ def test_joined_layers_have_one_share():
     stem = next(g for g in pruner.groups if "stem" in g.layers)
     assert {pruner.targets[n] for n in stem.layers} == {fraction_of(stem, pruner.targets)}
     assert 12 + 20 - len(pruner.model.stem.weight) - len(pruner.model.wide.weight) == 16
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_that_are_added_up_know_no_loss_scale_and_no_overflow(fused):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=100)
+    x = torch.randn(16, 8)
+    pruner = Pruner(model, 50, "local", "sanh_movement", x, optimizer=optimizer, layer_type=nn.Linear)
+    total = torch.zeros(8, 8)
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(model(x).square().mean() * (math.inf if step == 2 else 1)).backward()
+        if step != 2:
+            total -= model[0].weight.detach() * model[0].weight.grad / scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.allclose(pruner.evidence.kept["accumulated"]["0"], total, rtol=1e-4, atol=1e-7)

@@ -326,7 +326,9 @@ class SparsifyCallback(Traceless):
             masks = run.sparsifier.masks
             if any(bool(t.weight.detach()[~masks.on(t.name, t.weight.device)].any()) for t in run.sparsifier.targets):
                 warn_of_denser_weights(report.sparsity)
-            self._voice.say_end(self.sparsity, report, run.targets, run.at_target)
+            rules = run.sparsifier
+            unit = rules.granularity.name if rules.context.is_shared and rules.granularity.name != "weight" else ""
+            self._voice.say_end(self.sparsity, report, run.targets, run.at_target, unit)
         self._clean_up(self._learner())
 
     # -- what a user asks ---------------------------------------------------------------------------------------------

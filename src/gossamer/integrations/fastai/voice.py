@@ -49,7 +49,9 @@ class Voice:
             self.say(self.line)
         self.line = ""
 
-    def say_end(self, asked: Any, report: SparsityReport, targets: Iterable[str], at_target: bool) -> None:
+    def say_end(
+        self, asked: Any, report: SparsityReport, targets: Iterable[str], at_target: bool, shared_unit: str = ""
+    ) -> None:
         """Prints what a fit came to.
 
         Args:
@@ -57,12 +59,18 @@ class Voice:
             report: counted from the weights that the fit leaves.
             targets: names of the layers that have a target.
             at_target: whether the schedule came to its end.
+            shared_unit: the granularity, where layers share one target of units that differ in size; else ''.
         """
         if isinstance(asked, dict):
             final = str({r.layer: round(r.sparsity, 2) for r in report.rows if r.layer in targets})
         else:
             final = f"{report.sparsity:.2f}%"
         self.say(f"Final Sparsity: {final}")
+        if shared_unit and not isinstance(asked, dict) and abs(report.sparsity - asked) >= 0.005:
+            self.say(
+                f"The {asked}% asked for count units of granularity {shared_unit!r}, which layers have in different "
+                "sizes; all else that is printed counts weights"
+            )
         if not at_target:
             self.say(f"The fit ended before its schedule did, so the target of {asked}% is not reached")
         self.say(str(report))
