@@ -207,7 +207,10 @@ void gossamer_plan_text(const GossamerPlan* p, char* text, int64_t size) {
   const size_t n = size_t(std::max<int64_t>(size, 0));
   switch (p->way) {
     case Way::TOKENS: std::snprintf(text, n, "weight by weight"); return;
-    case Way::DEPTHWISE: std::snprintf(text, n, "%s, plane by plane", p->kernels->name); return;
+    case Way::DEPTHWISE:
+      std::snprintf(text, n, "%s, plane by plane%s", p->kernels->name,
+                    p->taps.empty() ? "" : p->by_rows ? ", row by row" : ", in place");
+      return;
     case Way::IN_PLACE:
       std::snprintf(text, n, "%s, in place, %d vectors, %d planes a block", p->kernels->name, p->row_vectors, p->block_planes);
       return;

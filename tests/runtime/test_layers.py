@@ -191,6 +191,63 @@ def test_layers_of_real_networks_are_those_of_pytorch(row: tuple[Any, ...], isa:
             check(chain(Add("relu"), layer, Add(), isa=isa), x)
 
 
+@st.composite
+def full_depthwise(draw: Any) -> tuple[Layer, Tensor]:
+    """3 × 3 weights of which none is zero, in steps of 1 or of 2: mostly, so that its neighbours are met, too."""
+    channels, each = draw(st.integers(2, 20)), draw(st.sampled_from([1, 1, 2]))
+    step, padding = draw(st.sampled_from([1, 2])), draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    stride = draw(st.sampled_from([(step, step)] * 4 + [(1, 2), (2, 1)]))
+    size = draw(st.tuples(st.integers(1, 40), st.integers(1, 70)))
+    assume(all(n + 2 * p >= 3 for n, p in zip(size, padding, strict=True)))
+    weight = torch.randn(channels * each, 1, 3, 3)
+    if draw(st.sampled_from([False] * 4 + [True])):
+        weight[draw(st.integers(0, channels - 1)), 0, draw(st.integers(0, 2)), draw(st.integers(0, 2))] = 0
+    layer = Layer(
+        weight,
+        torch.randn(channels * each) if draw(st.booleans()) else None,
+        Geometry(stride, padding, (1, 1), channels),
+        draw(st.sampled_from(list(ACTIVATIONS))),
+        add_last=draw(st.booleans()),
+    )
+    return layer, torch.randn(draw(st.sampled_from([1, 2, 5])), channels, *size)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60)
+@given(case=full_depthwise(), n=THREADS)
+def test_any_full_depthwise_layer_is_that_of_pytorch(isa: int, case: tuple[Layer, Tensor], n: int) -> None:
+    torch.set_num_threads(n)
+    with_residual(*case, isa)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_full_depthwise_layer_goes_row_by_row_where_there_are_masks(stride: int, isa: int) -> None:
+    weight = torch.randn(16, 1, 3, 3)
+    for zeros, words in ((0, "row by row"), (1, "in place" if stride == 2 else "plane by plane")):
+        weight[:zeros, 0, 0, 0] = 0
+        segment = chain(Layer(weight, None, Geometry((stride,) * 2, (1, 1), (1, 1), 16)), isa=isa)
+        [text] = ways(Program(segment.graph, [Signature((1, 16, 14, 14))], 1, isa)).values()
+        assert words in text or "avx512" not in text
+        assert "row by row" not in text or not zeros
+
+
+@needs_library
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (28, 28), (45, 46), (60, 61)])  # channels are shared, then pixels
+def test_threads_share_channels_or_pixels(size: tuple[int, int], n: int) -> None:
+    torch.set_num_threads(n)
+    point, depthwise = (
+        sparse((36, 24, 1, 1), 0.8),
+        Layer(torch.randn(36, 1, 3, 3), None, Geometry((1, 1), (1, 1), (1, 1), 36)),
+    )
+    segment = chain(Add(), Layer(point, torch.randn(36), Geometry(), "relu"), depthwise, Add())
+    check(segment, torch.randn(1, 24, *size))
+    check(segment, torch.randn(3, 24, *size))
+
+
 # channels, out channels, kernel, stride, padding, height, width
 SMALL = [
     (7, 9, 3, 1, 1, 7, 7),

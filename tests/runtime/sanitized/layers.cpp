@@ -38,16 +38,17 @@ void layers(int isa) {
   const bool point = in(0, 2) == 0, depthwise = !point && in(0, 3) == 0;
   const int groups = point ? 1 : depthwise ? in(2, 6) : in(1, 3);
   const int cin = depthwise ? 1 : in(1, 12), out = groups * in(1, 9);
-  const int kh = point ? 1 : in(1, 5), kw = point ? 1 : in(1, 5);
-  const int32_t shape[] = {out, cin, kh, kw, groups, point ? 1 : in(1, 3), point ? 1 : in(1, 3), point ? 0 : in(0, 3),
-                           point ? 0 : in(0, 3), in(1, 2), in(1, 2)};
+  const bool three = depthwise && in(0, 1);  // 3 × 3 weights, all of them there, which have a kernel of their own
+  const int kh = point ? 1 : three ? 3 : in(1, 5), kw = point ? 1 : three ? 3 : in(1, 5), step = in(1, 2);
+  const int32_t shape[] = {out, cin, kh, kw, groups, point ? 1 : three ? step : in(1, 3), point ? 1 : three ? step : in(1, 3),
+                           point ? 0 : in(0, 3), point ? 0 : in(0, 3), three ? 1 : in(1, 2), three ? 1 : in(1, 2)};
   const int images = in(0, 3) ? in(1, 3) : in(4, 33), threads = in(1, 3);
   const int h = in(1, images > 3 ? 6 : 20), w = in(1, images > 3 ? 6 : 40);
   if (h + 2 * shape[7] < shape[9] * (kh - 1) + 1 || w + 2 * shape[8] < shape[10] * (kw - 1) + 1) return;
   const int oh = (h + 2 * shape[7] - shape[9] * (kh - 1) - 1) / shape[5] + 1;
   const int ow = (w + 2 * shape[8] - shape[10] * (kw - 1) - 1) / shape[6] + 1;
   std::vector<float> weight(size_t(out) * cin * kh * kw), bias(out), second(size_t(3) * out);
-  const int keep = in(0, 3);
+  const int keep = three ? 3 : in(0, 3);
   for (auto& v : weight) v = in(1, 3) > keep ? 0 : real();
   for (auto& v : bias) v = real();
   for (auto& v : second) v = in(0, 1) ? 0 : real();
@@ -66,8 +67,9 @@ void layers(int isa) {
   if (!plans[0] || !plans[1]) { std::printf("no plan: %s\n", why); std::exit(1); }
   char text[160];
   gossamer_plan_text(plans[0], text, sizeof text);
-  ways.insert(std::string(text).find("in place") != std::string::npos   ? "in place"
+  ways.insert(std::string(text).find("row by") != std::string::npos     ? "depthwise by rows"
               : std::string(text).find("plane by") != std::string::npos ? "depthwise"
+              : std::string(text).find("in place") != std::string::npos ? "in place"
               : std::string(text).find("weight") != std::string::npos   ? "tokens"
               : std::string(text).find(" 1 images") != std::string::npos ? "tile" : "tile of several");
   if (!(gossamer_plan_cost(plans[0]) >= 0) || !(gossamer_dense_cost(layer, &use) >= 0)) std::exit(1);
