@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import plain
-from gossamer import CRITERIA, GossamerWarning, Sparsifier, TargetError
+from gossamer import CRITERIA, ArgumentError, GossamerWarning, Sparsifier, TargetError
 from gossamer.calibration import Calibration
 from gossamer.gathering import gather
 from gossamer.layer_inputs import patches
