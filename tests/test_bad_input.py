@@ -424,6 +424,43 @@ CALLS = [
         "one of its own",
         "leave it out",
     ),
+    bad("data: numbers", Net, lambda m: half(m, criteria="wanda", data=[1, 2]), ArgumentError, "batch 1", "a tuple"),
+    bad(
+        "data: of another shape",
+        Net,
+        lambda m: half(
+            m, criteria="taylor", data=[(torch.ones(2, 3, 6, 6), BATCH[1])], loss_func=nn.functional.cross_entropy
+        ),
+        ArgumentError,
+        "(2, 3, 6, 6)",
+        "does not run on data",
+    ),
+    bad(
+        "data: of another shape, for activations",
+        Net,
+        lambda m: half(m, criteria="wanda", data=torch.ones(2, 1, 3, 3)),
+        ArgumentError,
+        "(2, 1, 3, 3)",
+        "does not run on data",
+    ),
+    bad(
+        "data: targets of another number",
+        Net,
+        lambda m: half(
+            m, criteria="taylor", data=[(BATCH[0], torch.zeros(3).long())], loss_func=nn.functional.cross_entropy
+        ),
+        ArgumentError,
+        "target of shape (3,)",
+        "targets that it takes",
+    ),
+    bad(
+        "data: a loss without a gradient",
+        Net,
+        lambda m: half(m, criteria="taylor", data=[BATCH], loss_func=lambda out, y: (out.detach() - y).sum()),
+        ArgumentError,
+        "without a gradient",
+        ".detach()",
+    ),
     bad("data: a loss that is none", Net, lambda m: Calibration(m, BATCH, 3), ArgumentError, "loss_func=3", "CrossEnt"),
     bad("data: for no network", Net, lambda m: Calibration(3, BATCH), ArgumentError, "int", "torch.nn.Module"),
     bad(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import plain
-from gossamer import CRITERIA, GossamerWarning, Sparsifier, TargetError
+from gossamer import CRITERIA, ArgumentError, GossamerWarning, Sparsifier, TargetError
 from gossamer.calibration import Calibration
 from gossamer.gathering import gather
 from gossamer.layer_inputs import patches
@@ -264,7 +264,7 @@ def test_a_network_is_put_back_also_where_the_loss_fails():
         raise RuntimeError("the user's own")
 
     for kind in OF_LOSS:
-        with pytest.raises(RuntimeError, match="the user's own"):
+        with pytest.raises(ArgumentError, match="the user's own"):
             gather(Calibration(model, batches(), failing), find_targets(model, LAYERS), [kind])
     assert model.training
     assert plain.surface(model) == surface

@@ -45,6 +45,18 @@ def test_one_layer_at_a_time_is_sparse_and_all_is_put_back():
     assert all(m.training for m in model.modules())
 
 
+def test_a_criterion_of_data_is_given_it():
+    model, x = network(), torch.rand(4, 1, 8, 8)
+    y = torch.rand(4, 2, 4, 4)
+    masks = []
+    options = {"criteria": "taylor", "data": [(x, y)], "loss_func": nn.functional.mse_loss}
+    sensitivity(model, lambda m: masks.append(m[3].weight == 0) or 0.0, [50], progress=False, **options)
+    by_hand = Sparsifier(model, **options)
+    by_hand.sparsify_layer("3", 50)
+    assert torch.equal(masks[2], model[3].weight == 0)
+    assert not torch.equal(masks[2], masks[0])
+
+
 def test_filters_are_measured_with_all_that_dies_with_them():
     def evaluate(m):
         return float((m[1].bias == 0).sum() + (m[1].weight == 0).sum())
@@ -95,6 +107,7 @@ def measured(curves: dict[str, tuple[int, list[float]]], sparsities: list[float]
     return Sensitivity(tuple(rows), float(sign), higher)
 
 
+@pytest.mark.filterwarnings("ignore:.*less than one percent")  # which a small layer gets
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=6), st.floats(0, 95), st.randoms(use_true_random=False))
 def test_targets_meet_the_overall_sparsity_exactly(sizes, percent, random):
     curves = {f"l{i}": (n, [random.uniform(-0.1, 1) for _ in range(3)]) for i, n in enumerate(sizes)}
@@ -173,6 +186,7 @@ def test_it_speaks(capsys):
         ({"exclude": "9"}, "no layer is called '9'"),
         ({"criteria": "size"}, "unknown criterion"),
         ({"granularity": "filters"}, "unknown granularity"),
+        ({"file": 5}, "file=5 is no path"),
     ],
 )
 def test_bad_input_is_refused(options, message):

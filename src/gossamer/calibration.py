@@ -6,15 +6,15 @@ Nothing stays behind: hooks are taken off, the mode, buffers, gradients and rand
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gossamer.errors import ArgumentError
+from gossamer.errors import ArgumentError, GossamerError
 from gossamer.randomness import random_state, restore_random_state
 from gossamer.rules.criteria import OF_DATA, OF_LOSS, Criterion
 from gossamer.targets import unwrapped
@@ -73,28 +73,60 @@ class Calibration:
         empty = True
         for batch in several:
             empty = False
+            if not isinstance(batch, Sized) or (isinstance(batch, Tensor) and not batch.ndim):
+                raise ArgumentError(
+                    f"data has a batch {batch!r}; a batch is a tensor, a tuple of inputs and target, or a dict of "
+                    "keyword arguments"
+                )
             yield pytree.tree_map_only(Tensor, lambda t: t.to(device), batch)
         if empty:
             raise ArgumentError("data has no batch in it; give at least one, in a list or a loader")
 
     def output(self, batch: Any, call: Callable[..., Any] | None = None) -> Any:
-        """What the network makes of a batch's inputs; `call` takes the network's place."""
+        """What the network makes of a batch's inputs; `call` takes the network's place.
+
+        Raises:
+            ArgumentError: the network does not run on them.
+        """
         args, kwargs = _inputs(batch)
-        return (call or unwrapped(self.model))(*args, **kwargs)
+        try:
+            return (call or unwrapped(self.model))(*args, **kwargs)
+        except (GossamerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's forward may fail in any way at all
+            raise ArgumentError(
+                f"{type(self.model).__name__} does not run on data with inputs {_told(args, kwargs)} "
+                f"({_first_line(error)}); give batches of what it takes"
+            ) from error
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a batch, a 0-d tensor.
 
         Raises:
-            ArgumentError: the batch has no target, or the loss is no single number.
+            ArgumentError: the network does not run on the batch, it has no target or one that the loss does not take,
+                or the loss is no single number, or has no gradient.
         """
         assert self.loss_func is not None
         if not isinstance(batch, Mapping) and (isinstance(batch, Tensor) or len(batch) < 2):
             raise ArgumentError("data has batches without a target, which a loss needs; give (input, target) pairs")
-        loss: Any = self.loss_func(self.output(batch), batch if isinstance(batch, Mapping) else batch[-1])
+        output, target = self.output(batch), batch if isinstance(batch, Mapping) else batch[-1]
+        try:
+            loss: Any = self.loss_func(output, target)
+        except (GossamerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's loss as well
+            raise ArgumentError(
+                f"loss_func does not take output {_shape(output)} and target {_shape(target)} ({_first_line(error)}); "
+                "give data with the targets that it takes"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ArgumentError(f"loss_func gives {got}, and a criterion needs one number; reduce it with .mean()")
+        if not loss.requires_grad:
+            raise ArgumentError(
+                "loss_func gives a loss without a gradient; compute it from the output it is given, without .detach(), "
+                ".item() or torch.no_grad()"
+            )
         return loss.reshape(())
 
 
@@ -105,6 +137,23 @@ def _inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(batch)
     inputs = tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)
     return (tuple(inputs[0]) if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)) else inputs), {}
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_shape(v)}" for k, v in cast("Mapping[Any, Any]", value).items()) + "}"
+    return f"of type {type(value).__name__}"
+
+
+def _told(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return ", ".join([*map(_shape, args), *(f"{k} {_shape(v)}" for k, v in kwargs.items())]) or "that are none"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def as_calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] | None) -> Calibration | None:

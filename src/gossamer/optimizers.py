@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.errors import ArgumentError
@@ -95,21 +95,49 @@ def _slow_weights(optimizer: HasState) -> Iterator[tuple[Tensor, Tensor]]:
             yield from zip(fast_group, slow_group, strict=True)
 
 
-def check_optimizer(optimizer: HasState | None) -> None:
+def check_optimizer(optimizer: HasState | None, model: nn.Module | None = None) -> None:
     """Makes sure that there is an optimizer, torch's or fastai's, or none.
 
+    Args:
+        optimizer: what was given for one.
+        model: the network that is to be cut, of which it has to hold some parameter; None where none is cut.
+
     Raises:
-        ArgumentError: it is something else.
+        ArgumentError: it is something else, holds the parameters of another network, or cannot be cut along.
 
     Example:
         >>> check_optimizer(None)
+        >>> net, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        >>> check_optimizer(torch.optim.SGD(net.parameters()), net)
+        >>> check_optimizer(torch.optim.SGD(other.parameters()), net)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        gossamer.errors.ArgumentError: optimizer, a SGD, holds no parameter of Linear; give the one that trains it, ...
     """
-    if optimizer is None or isinstance(getattr(getattr(optimizer, "opt", optimizer), "state", None), Mapping):
+    if optimizer is None:
         return
-    given = repr(optimizer) if isinstance(optimizer, str) else f"a {type(optimizer).__name__}"
-    raise ArgumentError(
-        f"optimizer is {given}, which has no state to keep zero; give the torch.optim.Optimizer itself, or None"
+    inner: Any = getattr(optimizer, "opt", optimizer)
+    if not isinstance(getattr(inner, "state", None), Mapping):
+        given = repr(optimizer) if isinstance(optimizer, str) else f"a {type(optimizer).__name__}"
+        raise ArgumentError(
+            f"optimizer is {given}, which has no state to keep zero; give the torch.optim.Optimizer itself, or None"
+        )
+    if model is None:
+        return
+    if isinstance(inner, torch.optim.LBFGS):
+        raise ArgumentError(
+            "optimizer is an LBFGS, which remembers all parameters as one row, so that nothing can be cut out; use "
+            "another, or None, and make it anew when filters are gone"
+        )
+    groups = getattr(inner, "param_groups", None)  # torch's; fastai's has lists
+    lists: Iterable[Iterable[Tensor]] | None = (
+        getattr(inner, "param_lists", None) if groups is None else [g["params"] for g in groups]
     )
+    own = {id(p) for p in model.parameters()}
+    if lists is not None and own.isdisjoint(id(p) for params in lists for p in params):
+        raise ArgumentError(
+            f"optimizer, a {type(inner).__name__}, holds no parameter of {type(model).__name__}; give the one that "
+            "trains it, made from its parameters(), or None"
+        )
 
 
 def gradient_factor(optimizer: HasState | None) -> Tensor | None:

@@ -205,6 +205,8 @@ def sensitivity(
     layer_type: LayerTypes = nn.Conv2d,
     exclude: Iterable[str] = (),
     seed: int = 0,
+    data: Any = None,
+    loss_func: Callable[..., Tensor] | None = None,
     higher_is_better: bool = True,
     file: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -224,6 +226,8 @@ def sensitivity(
         layer_type: type of layer to measure, or a tuple of types.
         exclude: names or patterns of layers that are left out.
         seed: of the criterion 'random'.
+        data: for criteria that look at gradients or activations: batches, as a `Sparsifier` takes them.
+        loss_func: (output, target) → loss, for criteria that look at gradients.
         higher_is_better: whether a high score is a good one; False for a loss.
         file: where each measurement is kept as it is made; the same call goes on from there.
         progress: show a bar, if tqdm is installed.
@@ -245,8 +249,12 @@ def sensitivity(
     """
     if not callable(evaluate):
         raise ArgumentError(f"evaluate={evaluate!r} is no function; give one from a network to its score")
+    if file is not None and not isinstance(file, (str, os.PathLike)):
+        raise ArgumentError(f"file={file!r} is no path; give one, such as 'found.safetensors', or None")
     tried = _checked(sparsities)
-    sparsifier = Sparsifier(model, granularity, "local", criteria, layer_type, exclude=exclude, seed=seed)
+    sparsifier = Sparsifier(
+        model, granularity, "local", criteria, layer_type, exclude=exclude, seed=seed, data=data, loss_func=loss_func
+    )
     sparsifier.check_weights()
     own = copy_of(model)
     modes = [(m, m.training) for m in model.modules()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
+from functools import partial
 
+import fastai.optimizer
 import networks
 import pytest
 import torch
@@ -205,7 +207,7 @@ def test_attention_with_all_of_its_heads_is_pytorchs(batch_first, need_weights):
     torch.testing.assert_close(twin(q[0], k[0], k[0])[0], own(q[0], k[0], k[0])[0])
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adam, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.Adafactor, partial(torch.optim.SGD, momentum=0.9)])
 def test_the_optimizer_remembers_what_it_knew_of_the_filters_that_stay(make):
     model = chain(8)
     optimizer = make(model.parameters())
@@ -233,6 +235,19 @@ def test_the_optimizer_remembers_what_it_knew_of_the_filters_that_stay(make):
     model(BATCH).square().sum().backward()
     optimizer.step()
     assert old.shape == (2, 3, 3, 3)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_an_optimizer_keeps_of_rows_and_columns_is_cut_along(axis):
+    p = nn.Parameter(torch.rand(4, 3))
+    optimizer = torch.optim.Adafactor([p])
+    p.square().sum().backward()
+    optimizer.step()
+    rows, columns = (optimizer.state[p][k].clone() for k in ("row_var", "col_var"))
+    narrow(p, lambda t: t.narrow(axis, 1, 1), optimizer)
+    assert torch.equal(optimizer.state[p]["row_var"], rows[1:2] if axis == 0 else rows)
+    assert torch.equal(optimizer.state[p]["col_var"], columns[:, 1:2] if axis == 1 else columns)
+    optimizer.step()
 
 
 def test_a_tensor_that_is_cut_forgets_its_graph():
@@ -327,6 +342,27 @@ def test_a_vision_transformer_loses_heads_and_hidden_units():
     assert model(batch).shape == (2, 1000)
 
 
+def foreign(make):
+    """An optimizer of another network."""
+    return make(list(nn.Linear(2, 1).parameters()), lr=0.1)
+
+
+def test_an_optimizer_of_another_network_does_not_take_the_place_of_the_own():
+    model = chain()
+    own = torch.optim.SGD(model.parameters())
+    pruner = Pruner(model, 50, example_inputs=BATCH, optimizer=own)
+    with pytest.raises(ArgumentError, match="holds no parameter of Sequential"):
+        pruner.optimizer = foreign(torch.optim.SGD)
+    assert pruner.optimizer is own
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, fastai.optimizer.SGD, fastai.optimizer.ranger])
+def test_an_optimizer_of_a_part_of_the_network_will_do(make):
+    model = chain()
+    optimizer = make(list(model[0].parameters()), lr=0.1)
+    assert Pruner(model, 50, example_inputs=BATCH, optimizer=optimizer).optimizer is optimizer
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -348,7 +384,13 @@ def test_a_vision_transformer_loses_heads_and_hidden_units():
         ({"exclude": "9"}, "no layer is called '9'"),
         ({"example_inputs": torch.rand(1, 2, 5, 5)}, "does not run on example_inputs"),
         ({"example_inputs": {"x": 1}}, "is a dict"),
+        ({"example_inputs": torch.rand(0, 1, 5, 5)}, "hold nothing"),
         ({"optimizer": "adam"}, "adam"),
+        ({"optimizer": foreign(torch.optim.Adam)}, "a Adam, holds no parameter of Sequential"),
+        ({"optimizer": foreign(fastai.optimizer.Adam)}, "holds no parameter of Sequential"),
+        ({"optimizer": foreign(partial(fastai.optimizer.OptimWrapper, opt=torch.optim.SGD))}, "a SGD, holds no"),
+        ({"optimizer": foreign(fastai.optimizer.ranger)}, "holds no parameter of Sequential"),
+        ({"optimizer": foreign(torch.optim.LBFGS)}, "as one row"),
         ({"total_steps": 0}, "no positive integer"),
     ],
 )

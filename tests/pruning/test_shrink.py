@@ -247,6 +247,10 @@ def test_an_image_is_guessed():
     ("call", "message"),
     [
         (lambda m, x: shrink(m, x, optimizer=torch.optim.SGD(m.parameters(), lr=1.0)), "add inplace=True"),
+        (
+            lambda m, x: shrink(m, x, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()), inplace=True),
+            "holds no parameter of",
+        ),
         (lambda m, x: shrink(m, x[:, :2]), "does not run on example_inputs of shape"),
         (lambda m, x: shrink(m, "image"), "is a str; give a tensor"),
         (lambda m, x: shrink(m, [1, 2]), "holds no tensor"),

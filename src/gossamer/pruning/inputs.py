@@ -25,7 +25,7 @@ def as_inputs(model: nn.Module, example_inputs: Any = None) -> tuple[Any, ...]:
             with as many channels as the first convolution takes, or a row of the first Linear layer's features.
 
     Raises:
-        ArgumentError: the network is none or lazy, or the input cannot be guessed.
+        ArgumentError: the network is none or lazy, the input is empty, or it cannot be guessed.
 
     Example:
         >>> as_inputs(nn.Linear(3, 1))[0].shape
@@ -50,6 +50,12 @@ def as_inputs(model: nn.Module, example_inputs: Any = None) -> tuple[Any, ...]:
         kind = type(example_inputs).__name__
         raise ArgumentError(
             f"example_inputs, a {kind}, holds no tensor; give one batch, such as xb[:2], or torch.from_numpy(…)"
+        )
+    empty = next((item for item in given if isinstance(item, Tensor) and not item.numel()), None)
+    if empty is not None:
+        raise ArgumentError(
+            f"example_inputs of shape {tuple(empty.shape)} hold nothing; give one batch with an example in it, such as "
+            "xb[:2]"
         )
     return tuple(item.detach().to(device) if isinstance(item, Tensor) else item for item in given)
 

@@ -96,10 +96,10 @@ class Pruner:
         self.context, self.criterion, self.schedule = as_context(context), as_criterion(criteria), as_schedule(schedule)
         check_context(self.context, sparsity)
         check_round_to(round_to, self.context)
-        check_optimizer(optimizer)
         self.total_steps, self.round_to, self.seed = checked_steps(total_steps), round_to, seed
         kinds = as_filter_types(layer_type)
-        inputs = as_inputs(self.model, example_inputs)
+        inputs = as_inputs(self.model, example_inputs)  # which looks at the network, too
+        check_optimizer(optimizer, self.model)
         self.calibration: Calibration | None = as_calibration(self.model, data, loss_func)
         check_data(self.criterion, self.calibration)
         expected = outputs_of(twin_of(self.model), inputs)
@@ -154,6 +154,7 @@ class Pruner:
     def optimizer(self, optimizer: HasState | None) -> None:
         if optimizer is self._optimizer:
             return
+        check_optimizer(optimizer, self.model)
         self._optimizer = optimizer
         if self._hook is not None:
             self._hook.remove()

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gossamer.companions import find_norms
 from gossamer.errors import ArgumentError, StateError
-from gossamer.optimizers import HasState
+from gossamer.optimizers import HasState, check_optimizer
 from gossamer.pruning.constants import Reading, constant_inputs
 from gossamer.pruning.graph import HEADS, IN, OUT, Group, Member, find_groups
 from gossamer.pruning.inputs import as_inputs, outputs_of, twin_of
@@ -83,6 +83,7 @@ def shrink(
     if optimizer is not None and not inplace:
         raise ArgumentError("an optimizer holds the parameters of the network itself, not of a copy; add inplace=True")
     inputs = as_inputs(model, example_inputs)
+    check_optimizer(optimizer, model)
     plan = _checked(model, _plan(model, inputs), inputs)
     small = model if inplace else copy.deepcopy(model)
     _carry_out(small, plan, optimizer)

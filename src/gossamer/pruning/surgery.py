@@ -115,13 +115,14 @@ def narrow(parameter: nn.Parameter, cut: Slice, optimizer: HasState | None = Non
     also(parameter, cut)
     shape = parameter.shape
     with torch.no_grad():
-        for tensor in optimizer_tensors(optimizer)(parameter):
+        whole = {id(tensor): tensor for tensor in optimizer_tensors(optimizer)(parameter)}
+        for tensor in whole.values():
             tensor.data = cut(tensor)
         state: Mapping[Tensor, Any] = {} if optimizer is None else getattr(optimizer, "opt", optimizer).state
         entries: MutableMapping[str, Any] = state.get(parameter, {})
         for key, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == shape and value.ndim:
-                entries[key] = cut(value)
+            if isinstance(value, Tensor) and id(value) not in whole and is_along(value, shape):
+                entries[key] = cut_along(value, shape, cut)
         gradient = parameter.grad
         parameter.grad = None
         smaller = cut(parameter.data)
@@ -131,6 +132,31 @@ def narrow(parameter: nn.Parameter, cut: Slice, optimizer: HasState | None = Non
         parameter.data = smaller
         if gradient is not None:
             parameter.grad = cut(gradient)
+
+
+def is_along(value: Tensor, shape: torch.Size) -> bool:
+    """Whether a tensor has a parameter's axes, whole or, as the factors that Adafactor keeps, one long.
+
+    Example:
+        >>> shape = torch.Size((4, 3))
+        >>> [is_along(torch.ones(s), shape) for s in [(4, 3), (4, 1), (1, 3), (3,), ()]]
+        [True, True, True, False, False]
+    """
+    return value.ndim == len(shape) > 0 and all(n in (1, of) for n, of in zip(value.shape, shape, strict=True))
+
+
+def cut_along(value: Tensor, shape: torch.Size, cut: Slice) -> Tensor:
+    """What is left of a tensor with a parameter's axes; those that are one long stay so.
+
+    Example:
+        >>> cut_along(torch.tensor([[1.0], [2.0], [3.0]]), torch.Size((3, 2)), lambda t: t[1:])
+        tensor([[2.],
+                [3.]])
+    """
+    left = cut(value.expand(shape))
+    for axis, n in enumerate(value.shape):
+        left = left.narrow(axis, 0, min(n, left.shape[axis]) if n < shape[axis] else left.shape[axis])
+    return left.contiguous()
 
 
 def _along(axis: int, keep: Tensor) -> Slice:
