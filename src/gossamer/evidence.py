@@ -232,6 +232,45 @@ class ScoresOnDemand:
         return self.criterion.score({name: widen(t[index]) for name, t in self.flat.items()})
 
 
+class LastScores:
+    """The scores of the layer that was asked last, so that those of one layer at a time are all that is held."""
+
+    def __init__(self) -> None:
+        self._of: object = None
+        self._scores: Tensor | None = None
+
+    def get(self, owner: object, compute: Callable[[], Tensor]) -> Tensor:
+        """Those of an owner, computed where another one was asked last."""
+        if self._of is not owner or self._scores is None:
+            self._of = self._scores = None  # gone before the next are made
+            self._scores, self._of = compute(), owner
+        return self._scores
+
+
+class WholeScores:
+    """Scores of a layer that only come all at once, computed anew whenever another layer's were asked for in between.
+
+    Args:
+        compute: gives them, flat; always the same.
+        n: how many there are.
+        last: shared by the layers of a selection.
+
+    Example:
+        >>> scores = WholeScores(lambda: torch.tensor([2.0, 1.0]), 2, LastScores())
+        >>> len(scores), scores[1:]
+        (2, tensor([1.]))
+    """
+
+    def __init__(self, compute: Callable[[], Tensor], n: int, last: LastScores) -> None:
+        self._compute, self._n, self._last = compute, n, last
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: slice, /) -> Tensor:
+        return self._last.get(self, self._compute)[index]
+
+
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """A gradient times a 0-d factor, in float32 or wider; a factor of 0 takes infinity and nan to 0 as well.
 

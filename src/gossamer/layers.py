@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from gossamer.companions import find_companions
 from gossamer.errors import ArgumentError, TargetError
-from gossamer.evidence import Evidence, Look, ScoresOnDemand, widen
+from gossamer.evidence import Evidence, LastScores, Look, ScoresOnDemand, WholeScores, widen
 from gossamer.masks import Masks, zero_at, zero_masked
-from gossamer.rules.criteria import Criterion
+from gossamer.rules.criteria import OF_DATA, Criterion
 from gossamer.rules.granularity import Granularity, Reduction, expand, output_channels, pool, units_of
 from gossamer.rules.normalization import Normalization
 from gossamer.rules.selection import Candidates, Hint, take
@@ -144,11 +144,23 @@ class Layers(Mapping[str, Layer]):
             return scores
         return scores.masked_fill(layer.zeros.to(scores.device).view(scores.shape), -torch.inf)
 
-    def flat_scores(self, layer: Layer) -> Tensor | ScoresOnDemand:
-        """The same, flat; computed slice by slice where that will do."""
-        if not layer.dims and self.criterion.elementwise and self.normalization is None:
+    def flat_scores(self, layer: Layer, last: LastScores | None = None) -> Tensor | WholeScores | ScoresOnDemand:
+        """The same, flat; slice by slice where that will do, and for single weights not before they are asked for.
+
+        Args:
+            layer: of these.
+            last: what holds those of one of the layers that compete.
+        """
+        if layer.dims:  # as many as there are units
+            return self.scores(layer).reshape(-1)
+        if self._comes_in_slices(layer):
             return ScoresOnDemand(self.criterion, self.evidence.gather(layer.target.name, layer.target.weight))
-        return self.scores(layer).reshape(-1)
+        return WholeScores(lambda: self.scores(layer).reshape(-1), layer.n_units, last or LastScores())
+
+    def _comes_in_slices(self, layer: Layer) -> bool:
+        # What is made for a layer, such as noise, would be held for all layers.
+        is_there = not {"noise", *OF_DATA}.intersection(self.criterion.needs)
+        return self.criterion.elementwise and self.normalization is None and layer.zeros is None and is_there
 
     def to_drop(
         self,
@@ -175,7 +187,7 @@ class Layers(Mapping[str, Layer]):
                 (scored,) = self.evidence.gather(name, weight).values()
                 mask = self.masks.on(name, weight.device)
                 units.append(Units(scored, True, mask, n_kept, [weight, *state_of(weight)], keeps))
-            elif layer.dims or not self.criterion.elementwise or self.normalization is not None:
+            elif layer.dims or (len(layers) == 1 and not self._comes_in_slices(layer)):
                 self.apply(layer, state_of)
                 kept = self.units(layer).reshape(-1).clone()
                 units.append(Units(self.scores(layer).reshape(-1), False, kept, n_kept, (), keeps))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ArgumentError
-from gossamer.evidence import ScoresOnDemand, StepEvidence, widen
+from gossamer.evidence import LastScores, ScoresOnDemand, StepEvidence, WholeScores, widen
 from gossamer.layers import Layer, Layers, StateOf
 from gossamer.rules.allocation import Context, count, global_counts, pooled_counts, round_kept
 from gossamer.rules.criteria import Criterion
@@ -157,7 +157,11 @@ class Mover:
         layer.masked = goal
 
     def _survey(
-        self, scores: Sequence[Tensor | ScoresOnDemand], kept: Sequence[Tensor], need: int, hint: Hint | None
+        self,
+        scores: Sequence[Tensor | WholeScores | ScoresOnDemand],
+        kept: Sequence[Tensor],
+        need: int,
+        hint: Hint | None,
     ) -> list[Candidates]:
         try:
             return survey(scores, kept, need, hint)
@@ -212,7 +216,9 @@ class Mover:
     ) -> list[int] | None:
         """The twin of the compiled way; None, and nothing done, where a layer would mask more or less than it may."""
         kept = [self.layers.units(layer).reshape(-1) for layer in layers]
-        found = self._survey([self.layers.flat_scores(layer) for layer in layers], kept, need, self._hints.get(""))
+        last = LastScores()
+        scores = [self.layers.flat_scores(layer, last) for layer in layers]
+        found = self._survey(scores, kept, need, self._hints.get(""))
         counts, threshold = pooled_counts(need, [c.n_settled for c in found], [c.scores for c in found])
         if any(
             not low <= n + here <= high for low, n, here, high in zip(bounds[0], known, counts, bounds[1], strict=True)
@@ -235,12 +241,9 @@ class Mover:
         """The plain way, and the device's: counts by counting, then the layers one by one; nothing is copied back."""
         kept = [self.layers.units(layer).reshape(-1) for layer in layers]
         # Slice by slice where that will do, so that the scores of one layer at a time are all that is ever held.
-        on_cpu = all(layer.target.weight.device.type == "cpu" for layer in layers)
-        scores = [  # zeros that stay whatever the schedule says have scores of their own
-            self.layers.flat_scores(la) if on_cpu and la.zeros is None else self.layers.scores(la).reshape(-1)
-            for la in layers
-        ]
-        nested: list[Tensor | Nested | ScoresOnDemand] = list(scores)
+        on_cpu, last = all(layer.target.weight.device.type == "cpu" for layer in layers), LastScores()
+        scores = [self.layers.flat_scores(la, last) if on_cpu else self.layers.scores(la).reshape(-1) for la in layers]
+        nested: list[Tensor | Nested | WholeScores | ScoresOnDemand] = list(scores)
         if round_to is None:  # else rounding has moved the masks off the goal, and the scores alone decide
             units = sum(layer.n_units for layer in layers)
             more = units - torch.stack([k.sum() for k in kept]).sum() <= goal
@@ -343,7 +346,7 @@ class Nested:
         grows: as in `nest`.
     """
 
-    def __init__(self, scores: ScoresOnDemand, kept: Tensor, grows: Tensor) -> None:
+    def __init__(self, scores: WholeScores | ScoresOnDemand, kept: Tensor, grows: Tensor) -> None:
         self._scores, self._kept, self._grows = scores, kept, grows
 
     def __len__(self) -> int:

@@ -326,12 +326,14 @@ def global_counts(
 ) -> Tensor:
     """The same split found by counting alone: no sort, no copy to the host, memory that does not grow with the model.
 
-    Floats order like the integers that their bits spell, so 32 halvings of the integers (64 where a score is float64),
-    each one count over every layer, end at the threshold exactly.
+    Floats order like the integers that their bits spell. A histogram of every layer's leading 11 bits says in which bin
+    the threshold lies, one of the next 11 bits where in that bin, and after three (six where a score is float64) the
+    threshold is known exactly.
 
     Args:
         masked: units to mask in all layers together.
-        scores: for each layer, a score for every unit, flat; float32 or float64, no nan.
+        scores: for each layer, a score for every unit, flat; float32 or float64, no nan. Each is gone through a few
+            times, one layer after the other.
         bounds: the least and the most units that each layer masks; their sums lie below and above `masked`.
 
     Returns:
@@ -346,36 +348,56 @@ def global_counts(
     samples = [s[0:1] for s in scores]
     device, wide = samples[0].device, any(s.dtype == torch.float64 for s in samples)
     chunk = _CHUNK if device.type == "cpu" else max(len(s) for s in scores)
-    keys = [_order_keys(s, wide) if isinstance(s, Tensor) else None for s in scores]
-
-    def at_most(key: Tensor, below: bool = False) -> Tensor:
-        compare = torch.lt if below else torch.le
-        counts: list[Tensor] = []
-        for layer, known in zip(scores, keys, strict=True):
-            n = torch.zeros((), dtype=torch.int64, device=device)
-            for start in range(0, len(layer), chunk):
-                part = slice(start, start + chunk)
-                n += compare(_order_keys(layer[part], wide) if known is None else known[part], key).sum()
-            counts.append(n)
-        stacked = torch.stack(counts)
-        return stacked if bounds is None else stacked.clamp(*limits)
-
     limits = [torch.tensor(b, dtype=torch.int64, device=device) for b in bounds or ()]
-    ends = torch.iinfo(torch.int64 if wide else torch.int32)
-    low = torch.full((), ends.min, dtype=torch.int64, device=device)
-    high = torch.full_like(low, ends.max)
-    for _ in range(ends.bits):
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, rounded down, of numbers whose sum may not fit
-        enough = at_most(middle).sum() >= masked
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    below = at_most(high, below=True)
-    ties = at_most(high) - below
+    below = torch.zeros(len(scores), dtype=torch.int64, device=device)  # units whose leading bits are lower
+    prefix = torch.zeros((), dtype=torch.int64, device=device)  # those bits of the threshold
+    ties, left = below, 64 if wide else 32
+    while left:
+        width = min(_BITS, left)
+        counts = torch.stack(
+            [
+                sum(
+                    (
+                        _histogram(_order_keys(layer[start : start + chunk], wide), prefix, left, width)
+                        for start in range(0, len(layer), chunk)
+                    ),
+                    torch.zeros(1 << width, dtype=torch.int64, device=device),
+                )
+                for layer in scores
+            ]
+        )
+        up_to = below[:, None] + counts.cumsum(1)
+        here = up_to if bounds is None else up_to.clamp(*(limit[:, None] for limit in limits))
+        digit = (here.sum(0) < masked).sum().clamp(max=(1 << width) - 1)
+        ties = counts.index_select(1, digit.view(1)).squeeze(1)
+        below = up_to.index_select(1, digit.view(1)).squeeze(1) - ties
+        prefix, left = prefix << width | digit, left - width
+    all_ties = below + ties
+    if bounds is not None:
+        below, all_ties = below.clamp(*limits), all_ties.clamp(*limits)
+    ties = all_ties - below
     before = ties.cumsum(0) - ties
     return below + torch.minimum((masked - below.sum() - before).clamp(min=0), ties)
+
+
+_BITS = 11
+"""That a histogram is over."""
+
+
+def _histogram(keys: Tensor, prefix: Tensor, left: int, width: int) -> Tensor:
+    """How many keys have each value in the leading `width` of the `left` bits behind a prefix; [2^width], int64."""
+    bins, bits = 1 << width, 8 * keys.element_size()
+    digits = (keys >> (left - width)) & (bins - 1)
+    if left < bits:
+        digits = digits.where((keys >> left) & ((1 << (bits - left)) - 1) == prefix, bins)
+    if keys.device.type == "cpu":
+        return torch.bincount(digits, minlength=bins + 1)[:bins]
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=keys.device)  # where bincount would wait for the device
+    return counts.scatter_add_(0, digits.to(torch.int64), torch.ones_like(digits, dtype=torch.int64))[:bins]
 
 
 def _order_keys(scores: Tensor, wide: bool) -> Tensor:
     # Positive floats order like their bits; negative ones the other way round. Adding 0 makes -0.0 equal 0.0.
     floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
     bits = (scores.reshape(-1).to(floats) + 0.0).view(ints)
-    return torch.where(bits >= 0, bits, bits ^ torch.iinfo(ints).max)
+    return torch.where(bits >= 0, bits ^ torch.iinfo(ints).min, ~bits)  # in the order of numbers without a sign
