@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gossamer.errors import ArgumentError, GossamerError
+from gossamer.errors import ArgumentError, GossamerError, first_line
 from gossamer.randomness import random_state, restore_random_state
 from gossamer.rules.criteria import OF_DATA, OF_LOSS, Criterion
 from gossamer.targets import unwrapped
@@ -96,7 +96,7 @@ class Calibration:
         except Exception as error:  # the user's forward may fail in any way at all
             raise ArgumentError(
                 f"{type(self.model).__name__} does not run on data with inputs {_told(args, kwargs)} "
-                f"({_first_line(error)}); give batches of what it takes"
+                f"({first_line(error)}); give batches of what it takes"
             ) from error
 
     def loss(self, batch: Any) -> Tensor:
@@ -116,7 +116,7 @@ class Calibration:
             raise
         except Exception as error:  # the user's loss as well
             raise ArgumentError(
-                f"loss_func does not take output {_shape(output)} and target {_shape(target)} ({_first_line(error)}); "
+                f"loss_func does not take output {_shape(output)} and target {_shape(target)} ({first_line(error)}); "
                 "give data with the targets that it takes"
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -149,11 +149,6 @@ def _shape(value: Any) -> str:
 
 def _told(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join([*map(_shape, args), *(f"{k} {_shape(v)}" for k, v in kwargs.items())]) or "that are none"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def as_calibration(model: nn.Module, data: Any, loss_func: Callable[..., Tensor] | None) -> Calibration | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -176,6 +178,49 @@ def test_the_short_way_is_not_taken_by_what_the_guards_would_stop() -> None:
         assert error(fast.double()(x.double()), net.double()(x.double())) < 1e-5  # the weights are other ones now
         more = torch.randn(2, 3, 24, 24).double()
         assert error(fast(input=more), net(input=more)) < 1e-5
+
+
+class Keyed(nn.Module):
+    """Results in a dict whose keys are no words that code could have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(512, 512)
+
+    def forward(self, x: Tensor) -> Any:
+        return {torch.float32: self.fc(x), (1, 2): self.fc(x).relu()}
+
+
+def test_odd_keys_of_a_result() -> None:
+    net = sparse(Keyed())
+    fast, x = runtime.compile(net, torch.randn(16, 512)), torch.randn(16, 512)
+    with torch.no_grad():
+        for _ in range(3):
+            assert error(fast(x)[(1, 2)], net(x)[(1, 2)]) < 1e-5
+            assert error(fast(x)[torch.float32], net(x)[torch.float32]) < 1e-5
+
+
+def test_threads_that_bring_more_kinds_than_are_kept() -> None:
+    net = sparse(nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 8)))
+    fast = runtime.compile(net, torch.randn(16, 512))
+    inputs = [torch.randn(n, 512) for n in range(1, 100)]
+
+    def call(first: int) -> float:
+        with torch.no_grad():
+            return max(error(fast(x), net(x)) for x in inputs[first:] + inputs[:first])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(call, [0, 20, 40, 60])) < 1e-5
+
+
+def test_what_runs_as_it_is_can_be_traced_and_wants_no_gradients() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
+    fast, x = runtime.compile(net, torch.randn(1, 8)), torch.randn(3, 8)
+    assert net[0].weight.requires_grad, "a copy was frozen"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(fast, x)
+    assert torch.equal(traced(x), net(x))
 
 
 def test_more_kinds_of_inputs_than_are_kept() -> None:

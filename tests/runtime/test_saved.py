@@ -271,3 +271,11 @@ def _mutated(graph: Any, change: Any) -> Any:
 )
 def test_examples_know_what_fits(example: Example, given: Any, fits: bool) -> None:
     assert example.fits(given) is fits
+
+
+def test_a_network_of_another_dtype_is_not_stored_as_what_it_is_not(tmp_path: Path) -> None:
+    fast = runtime.compile(nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(1, 64)).double()
+    with pytest.raises(StateError, match=r"float64.*fast\.float\(\)"):
+        fast.save(tmp_path / "net.gossamer")
+    assert not list(tmp_path.iterdir())
+    assert runtime.load(fast.float().save(tmp_path / "net.gossamer"))(torch.zeros(2, 64)).shape == (2, 64)

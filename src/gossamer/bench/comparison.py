@@ -195,7 +195,10 @@ def _threads(threads: int | None) -> Generator[None, None, None]:
 def _get_ready(
     names: Sequence[str], job: Job, say: Callable[[str], object]
 ) -> tuple[list[EngineRow], dict[str, Engine]]:
-    want = job.model(*job.examples)
+    try:
+        want = job.model(*job.examples)
+    except Exception as error:  # anything at all, from anywhere in the network
+        raise ArgumentError(f"the network does not run on the example inputs: {first_line(error)}") from error
     rows: list[EngineRow] = []
     ready: dict[str, Engine] = {}
     for name in names:

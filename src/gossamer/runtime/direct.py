@@ -51,7 +51,10 @@ def _is_flat(spec: TreeSpec) -> bool:
 
 
 def _is_usual(spec: TreeSpec) -> bool:
-    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(_is_usual(s) for s in spec.children()))
+    if spec.is_leaf():
+        return True
+    is_written = spec.type is not dict or all(type(k) in (str, int, bool) for k in spec.context)  # keys become code
+    return spec.type in (tuple, list, dict) and is_written and all(_is_usual(s) for s in spec.children())
 
 
 def _copied(graph: GraphModule, new: Graph, node: Node, values: dict[Node, Any], root: dict[str, Any]) -> Node:

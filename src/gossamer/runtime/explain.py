@@ -67,9 +67,16 @@ def rows_of(graph: nn.Module, args: tuple[Any, ...]) -> list[PlanRow]:
         elif isinstance(module, OPERATORS):  # with no sparse layer beside it
             kind, share = type(module).__name__, shares.get(node.name)
             rows.append(PlanRow(str(node.target), kind, "torch", "no sparse layer beside it", None, share))
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+        elif _is_shown(node, module):
             rows.append(PlanRow(node.name, str(node.target), "torch", "no kernel", None, shares.get(node.name)))
     return rows
+
+
+def _is_shown(node: Node, module: nn.Module | None) -> bool:
+    """Whether a plan has a row for what a node does."""
+    if module is not None:
+        return isinstance(module, (Segment, *OPERATORS))
+    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
 
 
 def table_of(rows: Sequence[PlanRow]) -> str:
@@ -122,6 +129,8 @@ class _Timer(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if not _is_shown(n, module):  # the capture's guards, and sizes: calls of a kind that is known go without
+            return super().run_node(n)
         began = time.perf_counter()
         if isinstance(module, Segment):
             args, _ = self.fetch_args_kwargs_from_env(n)

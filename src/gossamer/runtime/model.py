@@ -88,7 +88,7 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
 def _own(model: nn.Module) -> nn.Module:
     """A copy, whose weights and mode nobody changes; the network itself where it cannot be copied."""
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model).requires_grad_(False)  # a trace takes no constants that want gradients
     except Exception:  # anything at all, from anywhere in the network
         return model
 
@@ -165,7 +165,8 @@ class CompiledModel(nn.Module):
                 )
                 self.graph = _replaced(model)
         has_segment = any(isinstance(m, Segment) for m in self.graph.modules())
-        self._is_as_it_was = not has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
+        # Somebody else's network may be trained, or changed, after this.
+        self._is_as_it_was = is_ours and not has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
 
     @classmethod
     def _of(cls, graph: GraphModule, examples: Sequence[Example]) -> CompiledModel:
@@ -255,8 +256,9 @@ class CompiledModel(nn.Module):
         if self._is_as_it_was and model is not None:
             return model(*args, **kwargs)
         kind = None if kwargs else _kind(args)
-        if kind is not None and kind in self._ways:
-            return self._ways[kind](*args)
+        way = self._ways.get(kind)  # at one go: another thread may empty it
+        if way is not None:
+            return way(*args)
         if model is None:
             self._check(args, kwargs)
             return self._remembered(kind, self.graph(*args))
@@ -277,8 +279,9 @@ class CompiledModel(nn.Module):
     def _remembered(self, kind: Any, result: Any) -> Any:
         """What the graph gave. The next inputs of that kind are spared its guards."""
         if kind is not None:
-            way = next(iter(self._ways.values()), None) or _way(self.graph)
-            if len(self._ways) >= _KINDS:
+            known = list(self._ways.values())  # at one go: another thread may add to it
+            way = known[0] if known else _way(self.graph)
+            if len(known) >= _KINDS:
                 self._ways.clear()
             if way is not None:
                 self._ways[kind] = way

@@ -179,7 +179,12 @@ def read(path: str | os.PathLike[str]) -> tuple[GraphModule, list[Example]]:
 
 def _free(node: Node, example: Example) -> tuple[bool, ...]:
     shape = getattr(node.meta.get("val"), "shape", None)
-    return example.free if shape is None else tuple(not isinstance(n, int) for n in shape)
+    return example.free if shape is None else tuple(_is_open(n) for n in shape)
+
+
+def _is_open(size: int | torch.SymInt) -> bool:
+    """Whether a size may change. One that the network asked for in an `if` is still a symbol, but of one value."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _row(graph: GraphModule, node: Node, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
@@ -220,6 +225,11 @@ def _row(graph: GraphModule, node: Node, tensors: dict[str, Tensor]) -> dict[str
 
 def _settings(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if isinstance(module, Layer):
+        if module.weight.dtype != torch.float32:
+            raise StateError(
+                f"layer {name!r} is {module.weight.dtype}, and compiled networks are stored as float32; call "
+                "fast.float() before, and save(path, values='fp16') for a file of half the size"
+            )
         tensors[f"{name}.weight"] = module.weight
         if module.bias is not None:
             tensors[f"{name}.bias"] = module.bias
