@@ -137,3 +137,26 @@ NAN, INF = float("nan"), float("inf")
 def test_how_far_outputs_are_off(got: list[float], want: list[float], off: float) -> None:
     answer: Any = {"logits": torch.tensor(want), "none": None}
     assert difference([np.asarray(got, np.float32)], answer) == pytest.approx(off)
+
+
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
+class Picky(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("too short")
+
+
+@pytest.mark.parametrize(
+    ("net", "error", "words"),
+    [
+        (Silent(), StateError, "onnxruntime does not read what was exported"),
+        (Picky(), ArgumentError, "cannot be written as ONNX: too short"),
+    ],
+)
+def test_what_onnx_cannot_say_is_one_line(net: nn.Module, error: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=words):
+        export_onnx(net.eval(), torch.ones(2, 3), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []

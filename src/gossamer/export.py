@@ -127,7 +127,9 @@ def _write(model: nn.Module, args: tuple[Any, ...], path: Path, batch: bool) -> 
             return varies and _varies(path)
         except Exception as error:  # anything at all, from anywhere in PyTorch or the network
             failed = error
-    raise ArgumentError(f"the network cannot be written as ONNX: {first_line(failed)}")
+    # The exporter's own words are of its steps; what is wrong is in what it failed on.
+    reason = failed if failed is None or failed.__cause__ is None else failed.__cause__
+    raise ArgumentError(f"the network cannot be written as ONNX: {first_line(reason)}")
 
 
 def _varies(path: Path) -> bool:
@@ -141,7 +143,12 @@ def _difference(model: nn.Module, args: tuple[Any, ...], path: Path, varies: boo
     import onnxruntime as ort
 
     ort.set_default_logger_severity(3)
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no base of their own
+        raise StateError(
+            f"onnxruntime does not read what was exported, so nothing was written: {first_line(error)}"
+        ) from error
     worst = 0.0
     for given in (args, with_batch(args, 3)) if varies else (args,):
         tensors = [a for a in given if isinstance(a, Tensor)]

@@ -208,3 +208,9 @@ def test_json_has_every_round() -> None:
     assert (values["dense_bytes"], values["sparse_bytes"], values["threads"]) == (46_800_000, 5_900_000, 2)
     with pytest.raises(ArgumentError, match="Closest: eager"):
         _ = comparison(1.0)["eagre"]
+
+
+def test_inputs_that_a_compiled_network_does_not_take() -> None:
+    fast = runtime.compile(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8))
+    with pytest.raises(ArgumentError, match="does not run on the example inputs"):
+        compare(fast, torch.randn(1, 4, 8, 8), engines=["eager"], rounds=1)

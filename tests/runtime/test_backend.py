@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,3 +123,15 @@ def test_a_graph_that_breaks_runs_in_its_parts() -> None:
     net, x = Breaks().eval(), torch.randn(2, 3, 12, 12)
     with torch.no_grad():
         assert error(torch.compile(net, backend="gossamer")(x), net(x)) < 1e-5
+
+
+def test_training_mode_without_gradients_updates_statistics_once_a_call() -> None:
+    net = sparse().train()
+    twin, x = copy.deepcopy(net), torch.randn(8, 3, 12, 12)
+    fast = torch.compile(net, backend="gossamer")
+    with torch.no_grad():
+        for _ in range(3):
+            assert error(fast(x), twin(x)) < 1e-5
+            assert error(net.norm.running_mean, twin.norm.running_mean) < 1e-5
+        assert net.norm.num_batches_tracked == 3
+        assert error(fast.eval()(x), twin.eval()(x)) < 1e-5

@@ -332,3 +332,39 @@ print(torch.allclose(out, want, atol=1e-4))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "True\n", done.stderr
+
+
+class Uncopied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc(x))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("cannot be copied")
+
+
+def test_training_a_network_that_cannot_be_copied_does_not_bring_dropout_back() -> None:
+    net, x = Uncopied().eval(), torch.ones(4, 8)
+    fast = runtime.compile(net, x)
+    want = fast(x)
+    net.train()
+    assert torch.equal(fast(x), want)
+
+
+@pytest.mark.parametrize("sparsity", [0, 90])
+def test_compiling_runs_leave_no_trace_in_what_a_network_counts(sparsity: float) -> None:
+    class Wide(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(512, 512)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.fc(x) * 0 + self.calls
+
+    x = torch.ones(16, 512)
+    fast = runtime.compile(sparse(Wide(), sparsity), x)
+    assert [fast(x)[0, 0].item() for _ in range(3)] == [1, 2, 3]

@@ -201,6 +201,7 @@ def layer(graph: dict[str, Any]) -> dict[str, Any]:
         (lambda g: layer(g)["geometry"].update(stride=[0, 1]), "are no sizes"),
         (lambda g: layer(g)["geometry"].update(padding=[-1, 1]), "are no sizes"),
         (lambda g: layer(g)["geometry"].update(dilation=[10**12, 1]), "are no sizes"),
+        (lambda g: layer(g).update(expected=10**400), "does not fit"),
         (lambda g: g["inputs"].pop(), "does not fit"),
         (lambda g: g["inputs"][0].update(shape=[-1]), "an input's shape"),
         (lambda g: g["inputs"][0].update(dtype="load"), "an input's dtype"),
@@ -279,3 +280,30 @@ def test_a_network_of_another_dtype_is_not_stored_as_what_it_is_not(tmp_path: Pa
         fast.save(tmp_path / "net.gossamer")
     assert not list(tmp_path.iterdir())
     assert runtime.load(fast.float().save(tmp_path / "net.gossamer"))(torch.zeros(2, 64)).shape == (2, 64)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * 2 if len(x) > 8 else self.fc(x)
+
+
+def test_sizes_that_the_network_asked_for_are_not_open(tmp_path: Path) -> None:
+    fast = runtime.load(runtime.compile(Branching().eval(), torch.ones(4, 8)).save(tmp_path / "net.gossamer"))
+    assert fast(torch.ones(4, 8)).shape == (4, 8)
+    for rows, columns in ((9, 8), (4, 7)):
+        with pytest.raises(ArgumentError, match=r"made for \(4, 8\)"):
+            fast(torch.ones(rows, columns))
+
+
+@pytest.mark.parametrize("given", [{"x": torch.ones(2, 8)}, [torch.ones(2, 8)]])
+def test_containers_of_one_tensor_cannot_be_stored(given: Any, tmp_path: Path) -> None:
+    class First(nn.Module):
+        def forward(self, many: Any) -> Tensor:
+            return next(iter(many.values() if isinstance(many, dict) else many)) * 2
+
+    with pytest.raises(StateError, match="lists or dicts"):
+        runtime.compile(First().eval(), (given,)).save(tmp_path / "net.gossamer")

@@ -20,8 +20,8 @@ _KEPT = 8
 def gossamer(graph: GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
     """What PyTorch's entry point 'torch_dynamo_backends' finds under the name 'gossamer'.
 
-    Weights are compiled in, and compiled anew once they have changed. Where gradients are wanted the graph runs as it
-    is, in PyTorch.
+    Weights are compiled in, and compiled anew once they have changed. Where gradients are wanted, or the
+    network changes itself or draws random numbers (in training mode), the graph runs as it is, in PyTorch.
 
     Args:
         graph: as Dynamo captured it; parameters and buffers are among its inputs, or its own.
@@ -48,14 +48,20 @@ def gossamer(graph: GraphModule, example_inputs: Sequence[Any], **settings: Any)
     free = [i for i in range(len(example_inputs)) if i not in fixed]
     kept: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
+    as_it_is = False
+
     def run(*inputs: Any) -> Any:
-        if _wants_gradients(graph, inputs):
+        nonlocal as_it_is
+        if as_it_is or _wants_gradients(graph, inputs):
             return graph(*inputs)
         weights = [inputs[i] for i in fixed]
         key = tuple(_mark(w) for w in (*weights, *graph.parameters(), *graph.buffers()))
         compiled = kept.pop(key, None)
         if compiled is None:
             compiled = _compiled(graph, inputs, fixed, free)
+            if isinstance(compiled, CompiledModel) and not compiled.is_steady:  # training mode, without gradients
+                as_it_is = True
+                return graph(*inputs)
         kept[key] = compiled
         while len(kept) > _KEPT:
             kept.popitem(last=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import Graph, GraphModule, Node
 
@@ -44,6 +47,27 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
             fuse(graph)
             return graph
     raise NotCapturedError(failed)
+
+
+def written(graph: GraphModule) -> list[Tensor]:
+    """What of a network's own a call of its graph changes: counters, running statistics in training mode.
+
+    Args:
+        graph: as `capture` gives it.
+    """
+    changed = [n.args[0] for n in graph.graph.nodes if _is_call_of(n, lambda f: f._schema.is_mutable) and n.args]
+    return [operator.attrgetter(str(n.target))(graph) for n in changed if isinstance(n, Node) and n.op == "get_attr"]
+
+
+def is_steady(graph: GraphModule) -> bool:
+    """Whether a graph gives the same each time: it changes nothing, and draws no random numbers."""
+    return not written(graph) and not any(
+        _is_call_of(n, lambda f: torch.Tag.nondeterministic_seeded in f.tags) for n in graph.graph.nodes
+    )
+
+
+def _is_call_of(node: Node, kind: Callable[[OpOverload], bool]) -> bool:
+    return node.op == "call_function" and isinstance(node.target, OpOverload) and kind(node.target)
 
 
 def copied(graph: GraphModule) -> GraphModule:

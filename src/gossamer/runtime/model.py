@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.native import native
-from gossamer.runtime.capture import NotCapturedError, capture, copied
+from gossamer.runtime.capture import NotCapturedError, capture, copied, is_steady, written
 from gossamer.runtime.choice import choose, runs_sparse
 from gossamer.runtime.direct import direct
 from gossamer.runtime.explain import LAYER, PlanRow, rows_of, table_of
@@ -195,6 +195,11 @@ class CompiledModel(nn.Module):
         """Inputs as it was compiled for: random numbers, of those shapes."""
         return tuple(e.make() for e in self._examples)
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether equal inputs give equal results: False for one that changes itself, or draws random numbers."""
+        return self._flat[0] is None or is_steady(self._flat[0])
+
     def save(self, path: str | os.PathLike[str], *, values: str | None = None) -> Path:
         """Writes the network to one file, with weights that are stored without their zeros.
 
@@ -352,7 +357,10 @@ def _flat(
             if isinstance(module, Layer):
                 module.is_sparse = runs_sparse(module)
     else:
-        choose(graph, args, tune=tune)
+        before = [(tensor, tensor.clone()) for tensor in written(graph)]
+        choose(graph, args, tune=tune)  # calls it a few times, which nobody is to notice
+        for tensor, value in before:
+            tensor.copy_(value)
     return graph
 
 

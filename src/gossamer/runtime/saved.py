@@ -131,7 +131,7 @@ def write(
         StateError: it has a part that no file can hold.
     """
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    if len(inputs) != len(examples):
+    if len(inputs) != len(examples) or any(isinstance(e.value, (list, tuple, dict)) for e in examples):
         raise StateError("a network whose inputs are lists or dicts cannot be saved; give it tensors, one an argument")
     freed = [Example(e.shape, _free(n, e), e.dtype, e.value) for n, e in zip(inputs, examples, strict=True)]
     tensors: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ def read(path: str | os.PathLike[str]) -> tuple[GraphModule, list[Example]]:
         graph = _Reader(tensors).graph(content["nodes"])
         if sum(n.op == "placeholder" for n in graph.graph.nodes) != len(examples):
             raise ValueError("inputs")
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise FileError(f"{where} has a graph that does not fit its tensors ({error}); take another copy") from None
     return graph, examples
 
