@@ -368,3 +368,25 @@ def test_compiling_runs_leave_no_trace_in_what_a_network_counts(sparsity: float)
     x = torch.ones(16, 512)
     fast = runtime.compile(sparse(Wide(), sparsity), x)
     assert [fast(x)[0, 0].item() for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["weight_1", "weight_2"])
+def test_a_parameter_whose_name_the_short_way_might_take(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.big, self.small = nn.Linear(512, 512), nn.Linear(512, 64)
+            self.register_parameter(name, nn.Parameter(torch.full((64, 512), 3.0)))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.big(x), self.small(x).cumsum(-1) @ getattr(self, name)
+
+    net, x = Named(), torch.randn(16, 512)
+    net.big = sparse(net.big)
+    net.eval()
+    fast = runtime.compile(net, x)
+    assert {r.runs for r in fast.explain()} >= {"sparse", "dense"}
+    with torch.no_grad():
+        for _ in range(3):
+            for got, want in zip(fast(x), net(x), strict=True):
+                assert error(got, want) < 1e-5

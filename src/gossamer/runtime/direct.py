@@ -72,8 +72,9 @@ def _inlined(new: Graph, layer: Layer, name: str, inputs: list[Node], root: dict
     """What the layer's own `forward` does, without a call of a module."""
 
     def weight(value: Any, kind: str) -> Node:
-        root[f"{kind}_{len(root)}"] = value
-        return new.get_attr(f"{kind}_{len(root) - 1}")
+        name = f"gossamer__{kind}_{len(root)}"  # which no parameter of the network's own has
+        root[name] = value
+        return new.get_attr(name)
 
     g = layer.geometry
     x, residual = inputs[0], inputs[1] if len(inputs) > 1 else None
