@@ -33,12 +33,7 @@ INLINE void plane_as(const Plane& a) {
         const int32_t left = w.columns - first - (BELOW ? 0 : t * L), n = left < L ? left : L;
         if (left <= 0 || (BELOW && row + t >= w.rows)) break;
         const int64_t here = at + first + int64_t(t) * apart_out;
-        const V rest = !more ? V{} : n == L ? load(more + here) : load_few(more + here, n);
-        V v = sum[t];
-        if (more && !w.add_last) v += rest;
-        v = activated<KIND>(v);
-        if (more && w.add_last) v += rest;
-        n == L ? store(out + here, v) : store_few(out + here, v, n);
+        finish<KIND>(w, out + here, more ? more + here : nullptr, sum[t], n);
       }
     }
   }
@@ -104,12 +99,7 @@ struct PlanedInPlace {
         for (int t = 0; t < N; t++) {
           if (row + t >= w.rows) break;
           const int64_t here = int64_t(row + t) * w.pitch + first;
-          const V rest = more ? load_few(more + here, n) : V{};
-          V v = sum[t];
-          if (more && !w.add_last) v += rest;
-          v = activated<KIND>(v);
-          if (more && w.add_last) v += rest;
-          store_few(out + here, v, n);
+          finish<KIND>(w, out + here, more ? more + here : nullptr, sum[t], n);
         }
       }
     }
@@ -178,12 +168,7 @@ INLINE void plane_by_rows(const PlaneInPlace& a) {
         });
       }
       const int64_t at = int64_t(row) * w.pitch + first;
-      const V rest = more ? load_few(more + at, n) : V{};
-      V v = sum;
-      if (more && !w.add_last) v += rest;
-      v = activated<KIND>(v);
-      if (more && w.add_last) v += rest;
-      n == L ? store(out + at, v) : store_few(out + at, v, n);
+      finish<KIND>(w, out + at, more ? more + at : nullptr, sum, n);
       sum = next;
       next = after;
     }

@@ -21,12 +21,7 @@ struct Written {
       for (int32_t row = 0; row < w.rows; row++) {
         for (int32_t x = 0; x < w.columns; x += L) {
           const int32_t left = w.columns - x, n = left < L ? left : L;
-          const V rest = !more ? V{} : n == L ? load(more + x) : load_few(more + x, n);
-          V v = load(from + x) + bias;  // a tile has a vector of slack
-          if (more && !w.add_last) v += rest;
-          v = activated<KIND>(v);
-          if (more && w.add_last) v += rest;
-          n == L ? store(to + x, v) : store_few(to + x, v, n);
+          finish<KIND>(w, to + x, more ? more + x : nullptr, load(from + x) + bias, n);  // a tile has a vector of slack
         }
         from += w.tile_pitch;
         to += w.pitch;
