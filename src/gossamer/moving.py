@@ -12,7 +12,8 @@ from torch import Tensor
 from gossamer.errors import ArgumentError
 from gossamer.evidence import LastScores, ScoresOnDemand, StepEvidence, WholeScores, widen
 from gossamer.layers import Layer, Layers, StateOf
-from gossamer.rules.allocation import Context, count, global_counts, pooled_counts, round_kept
+from gossamer.rules.allocation import Context, count, round_kept
+from gossamer.rules.budget import global_counts, pooled_counts
 from gossamer.rules.criteria import Criterion
 from gossamer.rules.granularity import pool
 from gossamer.rules.selection import Candidates, Hint, exchange, hint_after, nest, select, select_n_m, survey

@@ -35,11 +35,7 @@ struct Tile {
   int32_t row_vectors = 0, rows = 0, columns = 0, images = 0, across = 0, down = 0, image_pitch = 0, left = 0, block = 0;
 };
 
-// In tiles.cpp. Whether threads share a layer's channels rather than its pixels: where each would have less than a page of
-// a plane, what the processor fetches ahead is the others', and lines go to and fro.
-bool by_channels(int64_t pixels, int32_t threads);
-
-// As few groups of channels as share out evenly, since each reads its blocks anew.
+// In tiles.cpp. As few groups of channels as share out evenly, since each reads its blocks anew.
 int32_t groups_for(const GossamerPlan& p, int32_t threads, int64_t tiles);
 // How wide and how high a tile is, and of how many images, for the least that is done in vain.
 Tile choose_tile(const GossamerPlan& p, const Phases& phases, int32_t isa, int32_t threads);

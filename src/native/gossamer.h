@@ -46,7 +46,8 @@ struct GossamerStep {
   int32_t isa;               // one of gossamer_isa, for what has no plan
 };
 
-// What a layer is run on. direct: bit 0, a lies in whole vectors, images one after the other; bit 1, so do b and out.
+// What a layer is run on. direct: bit 0, a lies in whole vectors, images one after the other; bit 1, so do b and out; bit 2,
+// threads share channels where planes are small, as in a network with depthwise layers, so that each finds its own again.
 struct GossamerUse {
   int64_t images;
   int32_t height, width, threads, isa;  // isa: one of gossamer_isa, or -1 for the best

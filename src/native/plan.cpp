@@ -17,6 +17,12 @@ namespace {
 
 constexpr int64_t FEW = 8;  // tokens below which a vector would be mostly empty
 
+// Whether each of the threads would have less than a page of a plane: what the processor fetches ahead of it is then another
+// thread's, and lines go to and fro.
+bool are_small(int64_t pixels, int32_t threads) {
+  return threads > 1 && pixels * int64_t(sizeof(float)) < int64_t(threads) * 4096;
+}
+
 void adopt(GossamerPlan& p, const Tile& tile, const Phases& phases) {
   p.kernels = tile.kernels;
   p.row_vectors = tile.row_vectors;
@@ -149,8 +155,8 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     plan_planes(*p, phases);
     // Parts begin at lines of the cache, since two threads that write to one wait for each other.
     p->part_rows = p->out_height;
-    const bool whole = by_channels(int64_t(p->out_height) * p->out_width, use->threads);
-    if ((p->n_phases == 1 || !p->taps.empty()) && p->images < use->threads && !whole) {
+    p->by_channels = use->direct & 4 && are_small(int64_t(p->out_height) * p->out_width, use->threads);
+    if ((p->n_phases == 1 || !p->taps.empty()) && p->images < use->threads && !p->by_channels) {
       const int64_t line = 16 / std::gcd(int64_t(p->out_width), int64_t(16));
       p->part_rows = int32_t(std::min<int64_t>(up(up(p->out_height, use->threads), line) * line, p->out_height));
     }
@@ -166,6 +172,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
 
   const bool together = p->images == 1 || use->direct & 2;  // images follow each other in a, and in out
   if (pointwise && use->direct & 1 && together && pixels < INT_MAX) {
+    p->by_channels = use->direct & 4 && are_small(pixels, use->threads);
     const Tile tile = choose_in_place(*p, pixels, use->isa, use->threads);
     adopt(*p, tile, phases);
     p->way = Way::IN_PLACE;
@@ -173,7 +180,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
     p->width = p->out_width = int32_t(pixels);
     p->write_direct = use->direct & 2;
     if (use->dry) return p.release();
-    share_out(*p, by_channels(pixels, use->threads) ? std::min(use->threads, s.out) : groups_for(*p, use->threads, p->across));
+    share_out(*p, p->by_channels ? std::min(use->threads, s.out) : groups_for(*p, use->threads, p->across));
     pack(*p, phases, tile.block, 1);
     return p.release();
   }

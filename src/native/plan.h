@@ -73,6 +73,7 @@ struct GossamerPlan {
   int32_t parts, part_rows;  // of each plane, so that threads take the same rows in every layer
   std::vector<int32_t> plane_offsets;
   std::vector<int32_t> taps;  // in place: (row, column) that each weight meets
+  bool by_channels = false;   // whether threads share channels, and not pixels
   bool by_rows = false;       // a kernel of 3 × 3 weights, all of them there, in steps of 1 or 2
 
   int32_t vectors() const { return row_vectors * rows; }

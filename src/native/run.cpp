@@ -148,9 +148,10 @@ void run_block(const GossamerPlan& p, const Block& block, int32_t vectors, Rows&
 void run_in_place(const Run& run, int64_t item) {
   const GossamerPlan& p = *run.step.plan;
   static thread_local Scratch sums;
-  const Group& group = p.groups[item / p.across];
+  const int64_t n_groups = int64_t(p.groups.size());
+  const Group& group = p.groups[p.by_channels ? item / p.across : item % n_groups];
   if (group.channels.empty()) return;
-  const int64_t tile = item % p.across, at = tile * p.row_vectors * p.kernels->lanes;
+  const int64_t tile = p.by_channels ? item % p.across : item / n_groups, at = tile * p.row_vectors * p.kernels->lanes;
   const int32_t vectors = int32_t(std::min<int64_t>(p.row_vectors, p.all_vectors - tile * p.row_vectors));
   Rows rows = rows_of(p, group);
   rows.unit = run.a.view.channel;

@@ -46,10 +46,6 @@ void for_kernels(int32_t isa, F use) {
 
 }  // namespace
 
-bool by_channels(int64_t pixels, int32_t threads) {
-  return threads > 1 && pixels * int64_t(sizeof(float)) < int64_t(threads) * 4096;
-}
-
 int32_t groups_for(const GossamerPlan& p, int32_t threads, int64_t tiles) {
   int32_t groups = 1;
   while (threads > 1 && groups < p.layer->s.out && tiles * groups < 6 * threads && (tiles * groups) % threads) groups++;
@@ -129,7 +125,7 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t
         const double alone = double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
                                              std::max(0.0, met - out) * costs.sums(int32_t(t)) +
                                              n_planes * double(t) * 2 + out * (8 + 4.0 * double(t)));
-        const double cost = by_channels(pixels, threads)
+        const double cost = p.by_channels
                                 ? alone + FOREIGN * n_planes * double(up(pixels, 16)) * (threads - 1)
                                 : shared(p, threads, alone, tiles);
         if (cost < best.cost) {

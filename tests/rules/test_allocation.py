@@ -20,10 +20,9 @@ from gossamer.rules.allocation import (
     as_fraction,
     check_target,
     count,
-    global_counts,
-    pooled_counts,
     round_kept,
 )
+from gossamer.rules.budget import global_counts, pooled_counts
 
 ODD = [0.0, -0.0, 1.0, -1.0, 2.0**-149, -(2.0**-149), 2.0**127, -(2.0**127), math.inf, -math.inf]
 scores_of_layers = st.lists(

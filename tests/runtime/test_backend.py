@@ -135,3 +135,19 @@ def test_training_mode_without_gradients_updates_statistics_once_a_call() -> Non
             assert error(net.norm.running_mean, twin.norm.running_mean) < 1e-5
         assert net.norm.num_batches_tracked == 3
         assert error(fast.eval()(x), twin.eval()(x)) < 1e-5
+
+
+def test_statistics_that_training_mode_has_moved_are_seen() -> None:
+    # PyTorch writes them without counting it, and with no parameter changed.
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    fast, x = torch.compile(net, backend="gossamer"), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        before = fast(x)
+        for shift in (3.0, -5.0):
+            net.train()
+            net(x + shift)
+            net.eval()
+            assert error(fast(x), net(x)) < 1e-5
+        assert error(before, net(x)) > 1e-2
+        net[1].running_mean.fill_(torch.nan)  # which equals nothing, and is no reason to compile at each call
+        assert fast(x).isnan().all()

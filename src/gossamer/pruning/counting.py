@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gossamer.pruning.graph import Group
-from gossamer.rules.allocation import Context, count, global_counts, round_kept
+from gossamer.rules.allocation import Context, count, round_kept
+from gossamer.rules.budget import global_counts
 from gossamer.rules.densities import Shape
 from gossamer.rules.normalization import as_normalization
 from gossamer.targets import Target

@@ -46,23 +46,22 @@ def gossamer(graph: GraphModule, example_inputs: Sequence[Any], **settings: Any)
         raise ArgumentError(f"backend='gossamer' has no {name}={value!r}; leave it out")
     fixed = [i for i, value in enumerate(example_inputs) if _is_fixed(value)]
     free = [i for i in range(len(example_inputs)) if i not in fixed]
-    kept: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
-
+    kept: OrderedDict[Any, tuple[Callable[..., Any], Tensor]] = OrderedDict()
     as_it_is = False
 
     def run(*inputs: Any) -> Any:
         nonlocal as_it_is
         if as_it_is or _wants_gradients(graph, inputs):
             return graph(*inputs)
-        weights = [inputs[i] for i in fixed]
-        key = tuple(_mark(w) for w in (*weights, *graph.parameters(), *graph.buffers()))
-        compiled = kept.pop(key, None)
-        if compiled is None:
+        weights = [*(inputs[i] for i in fixed), *graph.parameters(), *graph.buffers()]
+        key, statistics = tuple(_mark(w) for w in weights), _statistics(weights)
+        compiled, of = kept.pop(key, (None, statistics))
+        if compiled is None or not torch.equal(of, statistics):
             compiled = _compiled(graph, inputs, fixed, free)
             if isinstance(compiled, CompiledModel) and not compiled.is_steady:  # training mode, without gradients
                 as_it_is = True
                 return graph(*inputs)
-        kept[key] = compiled
+        kept[key] = compiled, statistics
         while len(kept) > _KEPT:
             kept.popitem(last=False)
         return compiled(*[inputs[i] for i in free])
@@ -104,6 +103,13 @@ def _is_fixed(value: Any) -> bool:
 
 def _mark(value: Any) -> Any:
     return (value.data_ptr(), value._version, value.shape) if isinstance(value, Tensor) else value
+
+
+def _statistics(values: Sequence[Any]) -> Tensor:
+    """The bits of running means and variances, which BatchNorm writes without PyTorch counting it."""
+    found = [v.detach() for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.ndim == 1]
+    floats = [v.view(torch.uint8) for v in found if v.is_floating_point() and v.device.type == "cpu"]
+    return torch.cat(floats) if floats else torch.empty(0)
 
 
 def _wants_gradients(graph: GraphModule, inputs: Sequence[Any]) -> bool:

@@ -63,12 +63,12 @@ def _copied(graph: GraphModule, new: Graph, node: Node, values: dict[Node, Any],
     target = str(node.target)
     value = operator.attrgetter(target)(graph)
     if isinstance(value, Layer):
-        return _inlined(new, value, target, [values[a] for a in node.args if isinstance(a, Node)], root)
+        return _inlined(new, value, [values[a] for a in node.args if isinstance(a, Node)], root)
     root[target] = value
     return new.node_copy(node, values.__getitem__)
 
 
-def _inlined(new: Graph, layer: Layer, name: str, inputs: list[Node], root: dict[str, Any]) -> Node:
+def _inlined(new: Graph, layer: Layer, inputs: list[Node], root: dict[str, Any]) -> Node:
     """What the layer's own `forward` does, without a call of a module."""
 
     def weight(value: Any, kind: str) -> Node:

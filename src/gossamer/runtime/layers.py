@@ -21,8 +21,9 @@ from gossamer.runtime.values import Signature
 _PLANS = 16
 """Plans that a layer keeps, one a shape and number of threads; the one that was used longest ago goes first."""
 
-IN_PLACE, OUT_PLACE = 1, 2
-"""Whether the input, and what is written, lie in whole vectors, image after image."""
+IN_PLACE, OUT_PLACE, BY_CHANNELS = 1, 2, 4
+"""Whether the input, and what is written, lie in whole vectors, image after image; whether threads share channels where
+planes are small."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Layer(nn.Module):
         Args:
             x: the input.
             threads: how many share it.
-            direct: `IN_PLACE` and `OUT_PLACE`, added.
+            direct: `IN_PLACE`, `OUT_PLACE` and `BY_CHANNELS`, added.
             isa: which of the machine's instruction sets, best first; -1 for what suits the layer.
         """
         key = (x.images, *x.size, threads, direct, isa)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten
 
 from gossamer.errors import ArgumentError, GossamerWarning, StateError
 from gossamer.native import native
 from gossamer.runtime.capture import NotCapturedError, capture, copied, is_steady, written
 from gossamer.runtime.choice import choose, runs_sparse
 from gossamer.runtime.direct import direct
-from gossamer.runtime.explain import LAYER, PlanRow, rows_of, table_of
-from gossamer.runtime.fusion import padding_of
-from gossamer.runtime.layers import Geometry, Layer
+from gossamer.runtime.explain import PlanRow, rows_of, table_of
+from gossamer.runtime.inputs import by_place, key_of, kind_of
+from gossamer.runtime.layers import Layer
 from gossamer.runtime.saved import Example, read, write
 from gossamer.runtime.segment import Segment, gather
+from gossamer.runtime.unfused import own, replaced
 
 _GRAPHS = 4
 """Captures that a network makes, beside the first, for inputs that need one of their own. Each takes seconds: what
@@ -81,16 +80,8 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
     if native() is None:
         _say_once_that_nothing_is_compiled()
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    own = _own(model)
-    return CompiledModel(own, arguments, tune=tune, is_ours=own is not model)
-
-
-def _own(model: nn.Module) -> nn.Module:
-    """A copy, whose weights and mode nobody changes; the network itself where it cannot be copied."""
-    try:
-        return copy.deepcopy(model).requires_grad_(False)  # a trace takes no constants that want gradients
-    except Exception:  # anything at all, from anywhere in the network
-        return model
+    kept = own(model)
+    return CompiledModel(kept, arguments, tune=tune, is_ours=kept is not model)
 
 
 def load(path: str | os.PathLike[str]) -> CompiledModel:
@@ -163,7 +154,7 @@ class CompiledModel(nn.Module):
                     GossamerWarning,
                     stacklevel=4,
                 )
-                self.graph = _replaced(model)
+                self.graph = replaced(model)
         has_segment = any(isinstance(m, Segment) for m in self.graph.modules())
         # Somebody else's network may be trained, or changed, after this.
         self._is_as_it_was = is_ours and not has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
@@ -260,7 +251,7 @@ class CompiledModel(nn.Module):
         model = self._model[0]
         if self._is_as_it_was and model is not None:
             return model(*args, **kwargs)
-        kind = None if kwargs else _kind(args)
+        kind = None if kwargs else kind_of(args)
         way = self._ways.get(kind)  # at one go: another thread may empty it
         if way is not None:
             return way(*args)
@@ -270,8 +261,8 @@ class CompiledModel(nn.Module):
         if self._flat[0] is None:  # the network's own code
             return self.graph(*args, **kwargs)
         if kwargs:
-            args, kwargs = _by_place(model, args, kwargs)
-        key = _key(args, kwargs) if self._graphs else None
+            args, kwargs = by_place(model, args, kwargs)
+        key = key_of(args, kwargs) if self._graphs else None
         if (key is None or key not in self._graphs) and self._is_alike(args, kwargs):
             try:
                 result = self.graph(*args)
@@ -279,7 +270,7 @@ class CompiledModel(nn.Module):
                 pass  # the capture's guards: these inputs are of another kind
             else:
                 return self._remembered(kind, result)
-        return self._graph_for(_key(args, kwargs), args, kwargs)(*args, **kwargs)
+        return self._graph_for(key_of(args, kwargs), args, kwargs)(*args, **kwargs)
 
     def _remembered(self, kind: Any, result: Any) -> Any:
         """What the graph gave. The next inputs of that kind are spared its guards."""
@@ -379,71 +370,3 @@ def _way(graph: nn.Module) -> Callable[..., Any] | None:
     segment = found.get_submodule(str(call.target)) if call.op == "call_module" else None
     is_all = isinstance(segment, Segment) and call.args == tuple(inputs) and output.args == (call,)
     return segment.forward if segment is not None and is_all else found.forward
-
-
-def _kind(args: tuple[Any, ...]) -> Any:
-    """Shapes and dtypes of tensors, which settle what guards say of them; None where there is anything else."""
-    kind: list[Any] = []
-    for a in args:
-        if not isinstance(a, Tensor):
-            return None
-        kind += a.shape, a.dtype
-    try:
-        hash(shown := tuple(kind))
-    except TypeError:  # sizes that are symbols
-        return None
-    return shown
-
-
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-
-def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a capture is of: the kinds of all tensors, and values of the rest; None where that cannot be said."""
-    leaves, spec = tree_flatten((args, kwargs))
-    if not all(isinstance(x, (Tensor, *_PLAIN)) for x in leaves):
-        return None
-    return str(spec), *((x.shape, x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
-
-
-def _by_place(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments in the order of the network's own, as far as they go without a gap; the others by name."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    return bound.args, bound.kwargs
-
-
-def _replaced(model: nn.Module) -> nn.Module:
-    """A copy of a network whose layers compute by the engine, one by one; it keeps its own code, hooks and all.
-
-    The layers stay what they are, since the network's code may read their weights and sizes.
-    """
-    model = _own(model)
-    for module in list(model.modules()):
-        segment = _layer_of(module)
-        if segment is not None:
-            module.add_module(LAYER, segment)
-            module.forward = segment.forward
-    return model
-
-
-def _two(sizes: Sequence[int]) -> tuple[int, int]:
-    vertical, horizontal = sizes
-    return vertical, horizontal
-
-
-def _layer_of(module: nn.Module) -> nn.Module | None:
-    if module._forward_hooks or module._forward_pre_hooks or any(p.dtype != torch.float32 for p in module.parameters()):
-        return None
-    if type(module) is nn.Linear:
-        layer = Layer(module.weight, module.bias)
-    elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
-        padding = padding_of(module.padding, _two(module.kernel_size), _two(module.dilation))
-        if padding is None:
-            return None
-        geometry = Geometry(_two(module.stride), padding, _two(module.dilation), module.groups)
-        layer = Layer(module.weight, module.bias, geometry)
-    else:
-        return None
-    return Segment.of(layer, declines=True) if runs_sparse(layer) else None

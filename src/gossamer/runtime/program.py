@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from gossamer.native import Run, Step, Value, View, native
 from gossamer.runtime.activations import CODES
-from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Handle, Layer
+from gossamer.runtime.layers import BY_CHANNELS, IN_PLACE, OUT_PLACE, Handle, Layer
 from gossamer.runtime.planes import Add, Concat, Flatten, MaxPool
 from gossamer.runtime.values import FEW, Layout, Signature, arrange, as_torch, in_lines, planar
 
@@ -66,6 +66,7 @@ class _Step:
     out: _Place
     module: nn.Module | None
     name: str
+    shared: int = 0  # BY_CHANNELS in a graph with depthwise layers, which take channel by channel
 
     @property
     def places(self) -> list[_Place]:
@@ -78,7 +79,11 @@ class _Step:
 
     @property
     def direct(self) -> int:
-        return (IN_PLACE if self.a.is_whole else 0) + (OUT_PLACE if self.is_together and self.out.is_whole else 0)
+        return (
+            (IN_PLACE if self.a.is_whole else 0)
+            + (OUT_PLACE if self.is_together and self.out.is_whole else 0)
+            + self.shared
+        )
 
 
 class Program:
@@ -334,6 +339,9 @@ def _lower(graph: GraphModule, inputs: Sequence[Signature]) -> tuple[list[_Step]
     for node in returns:
         if node.op == "placeholder":
             steps.append(_Step("copy", places[node], None, outside[node], None, node.name))
+    if any(isinstance(module, Layer) and module.is_depthwise for module in modules.values()):
+        for step in steps:
+            step.shared = BY_CHANNELS
     return steps, [values[n] for n in returns]
 
 
