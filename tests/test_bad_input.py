@@ -317,6 +317,14 @@ CALLS = [
     bad("exclude: a type", Net, lambda m: Sparsifier(m, exclude=[nn.Conv2d]), ArgumentError, "Conv2d", "no string"),
     bad("exclude: a number", Net, lambda m: Sparsifier(m, exclude=3), ArgumentError, "exclude", "3"),
     bad("exclude: None", Net, lambda m: Sparsifier(m, exclude=None), ArgumentError, "None"),
+    # -- criteria
+    bad(
+        "criteria: one that moves weights",
+        Net,
+        lambda m: Sparsifier(m, criteria="SparseGPT"),
+        ArgumentError,
+        "sparsegpt(",
+    ),
     # -- granularity
     bad("granularity: unknown", Net, lambda m: Sparsifier(m, "filtr"), ArgumentError, "'filtr'", "Closest: filter"),
     bad("granularity: empty", Net, lambda m: Sparsifier(m, ""), ArgumentError, "''", "Known:"),

@@ -116,8 +116,9 @@ def _mean_gradients(
         for part in (one for batch in calibration for one in parts(batch)):
             found = torch.autograd.grad(calibration.loss(part), weights, allow_unused=True)
             _add(sums, [of(g) for g in _dense(found, targets)])
+            del found  # before those of the next batch are made
             n += 1
-    return {t.name: _mean_over_ranks(s / n) for t, s in zip(targets, sums, strict=True)}
+    return {t.name: _mean_over_ranks(s.div_(n)) for t, s in zip(targets, sums, strict=True)}
 
 
 def hessian_gradients(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
@@ -146,7 +147,7 @@ def hessian_gradients(calibration: Calibration, targets: Sequence[Target]) -> Ga
             second: Any = torch.autograd.grad(product.sum(), weights, allow_unused=True)
             _add(sums, [torch.zeros_like(w) if g is None else g for g, w in zip(second, weights, strict=True)])
             n += 1
-    return {t.name: _mean_over_ranks(s / n) for t, s in zip(targets, sums, strict=True)}
+    return {t.name: _mean_over_ranks(s.div_(n)) for t, s in zip(targets, sums, strict=True)}
 
 
 def flows(calibration: Calibration, targets: Sequence[Target]) -> Gathered:
@@ -227,4 +228,4 @@ def _wanting_gradients(weights: Sequence[nn.Parameter]) -> Generator[None]:
 
 def _mean_over_ranks(tensor: Tensor) -> Tensor:
     """The same on every rank, so that all choose the same masks."""
-    return over_ranks(tensor) / n_ranks()
+    return over_ranks(tensor).div_(n_ranks())

@@ -58,7 +58,7 @@ def input_statistics(calibration: Calibration, targets: Sequence[Target], kind: 
             total = total.sqrt()
         elif kind == "input_mean":
             total = total / over_ranks(counts[target.name])
-        result[target.name] = total.expand(target.weight.shape).contiguous()
+        result[target.name] = total.expand(target.weight.shape)  # a view, a few values long
     return result
 
 

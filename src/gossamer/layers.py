@@ -16,7 +16,7 @@ from gossamer.masks import Masks, zero_at, zero_masked
 from gossamer.rules.criteria import OF_DATA, Criterion
 from gossamer.rules.granularity import Granularity, Reduction, expand, output_channels, pool, units_of
 from gossamer.rules.normalization import Normalization
-from gossamer.rules.selection import Candidates, Hint, take
+from gossamer.rules.selection import Candidates, Hint, Scores, settle, take
 from gossamer.sweeps import Competition, Units
 from gossamer.targets import Target
 
@@ -210,7 +210,7 @@ class Layers(Mapping[str, Layer]):
         """Whether something else dies with a unit."""
         return any(self._companions.values())
 
-    def drop(self, layer: Layer, candidates: Candidates, need: int, state_of: StateOf) -> Hint | None:
+    def drop(self, layer: Layer, scores: Scores, candidates: Candidates, need: int, state_of: StateOf) -> Hint | None:
         """Masks the candidates that go, and zeroes them; a hint for the next time."""
         goes, hint = take(candidates, need)
         weight, positions = layer.target.weight, candidates.positions
@@ -218,13 +218,12 @@ class Layers(Mapping[str, Layer]):
         flat = self.masks[layer.target.name].view(-1)
         if layer.dims:
             flat = self.units(layer).reshape(-1).clone()
-        if candidates.settled is not None:
-            flat ^= candidates.settled  # all of which were kept, as the candidates were
+        settle(scores, flat, candidates.lower)
         # NumPy writes at positions faster than torch, and choosing from them first would take longer than writing all.
         flat.numpy()[positions.numpy()] = ~goes.numpy()
         if layer.dims:
             self.replace(layer, flat, state_of)
-        elif candidates.settled is None and all(t.is_contiguous() for t in tensors):
+        elif not candidates.n_settled and all(t.is_contiguous() for t in tensors):
             zero_at(tensors, positions[goes])
         else:
             zero_masked(tensors, self.masks[layer.target.name])

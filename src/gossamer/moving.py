@@ -151,8 +151,9 @@ class Mover:
         self.layers.apply(layer, state_of)
         if need > 0 and self._is_fast(layer):
             kept = self.layers.units(layer).reshape(-1)
-            found = self._survey([self.layers.flat_scores(layer)], [kept], need, self._hints.get(name))
-            self._hints[name] = self.layers.drop(layer, found[0], need, state_of)
+            scores = self.layers.flat_scores(layer)
+            found = self._survey([scores], [kept], need, self._hints.get(name))
+            self._hints[name] = self.layers.drop(layer, scores, found[0], need, state_of)
         else:
             self.layers.replace(layer, self._select(layer, self.layers.scores(layer), goal), state_of)
         layer.masked = goal
@@ -163,9 +164,10 @@ class Mover:
         kept: Sequence[Tensor],
         need: int,
         hint: Hint | None,
+        bounded: bool = False,
     ) -> list[Candidates]:
         try:
-            return survey(scores, kept, need, hint)
+            return survey(scores, kept, need, hint, bounded)
         except ArgumentError:
             self.layers.check_weights()  # which can say in which layer the numbers went wrong
             raise
@@ -215,19 +217,24 @@ class Mover:
         bounds: tuple[Sequence[int], Sequence[int]],
         state_of: StateOf,
     ) -> list[int] | None:
-        """The twin of the compiled way; None, and nothing done, where a layer would mask more or less than it may."""
+        """The twin of the compiled way.
+
+        None, and nothing done, where a layer would mask more or less than it may, or where too many scores tie.
+        """
         kept = [self.layers.units(layer).reshape(-1) for layer in layers]
         last = LastScores()
         scores = [self.layers.flat_scores(layer, last) for layer in layers]
-        found = self._survey(scores, kept, need, self._hints.get(""))
+        found = self._survey(scores, kept, need, self._hints.get(""), bounded=True)
+        if not found:
+            return None
         counts, threshold = pooled_counts(need, [c.n_settled for c in found], [c.scores for c in found])
         if any(
             not low <= n + here <= high for low, n, here, high in zip(bounds[0], known, counts, bounds[1], strict=True)
         ):
             return None
-        for layer, candidates, here in zip(layers, found, counts, strict=True):
+        for layer, whole, candidates, here in zip(layers, scores, found, counts, strict=True):
             if here:
-                self.layers.drop(layer, candidates, here, state_of)
+                self.layers.drop(layer, whole, candidates, here, state_of)
         left = sum(c.n_settled + len(c.scores) for c in found) - need
         self._hints[""] = hint_after(found[0].upper, threshold, left)
         return counts
@@ -240,28 +247,30 @@ class Mover:
         self, layers: Sequence[Layer], goal: int, fraction: Fraction, round_to: int | None, state_of: StateOf
     ) -> dict[str, bool | Tensor]:
         """The plain way, and the device's: counts by counting, then the layers one by one; nothing is copied back."""
-        kept = [self.layers.units(layer).reshape(-1) for layer in layers]
         # Slice by slice where that will do, so that the scores of one layer at a time are all that is ever held.
         on_cpu, last = all(layer.target.weight.device.type == "cpu" for layer in layers), LastScores()
         scores = [self.layers.flat_scores(la, last) if on_cpu else self.layers.scores(la).reshape(-1) for la in layers]
         nested: list[Tensor | Nested | WholeScores | ScoresOnDemand] = list(scores)
         if round_to is None:  # else rounding has moved the masks off the goal, and the scores alone decide
             units = sum(layer.n_units for layer in layers)
+            kept = [self.layers.units(layer).reshape(-1) for layer in layers]
             more = units - torch.stack([k.sum() for k in kept]).sum() <= goal
             nested = [
                 nest(s, k, more) if isinstance(s, Tensor) else Nested(s, k, more)
                 for s, k in zip(scores, kept, strict=True)
             ]
+            del kept
         counts = global_counts(goal, nested, self._bounds(layers, fraction, goal))
+        del nested  # with which the masks go that are replaced
         changed: dict[str, bool | Tensor] = {}
         for i, layer in enumerate(layers):
             masked: int | Tensor = counts[i]
             layer.masked = None
             if round_to is not None or self._is_fast(layer):
                 masked = layer.masked = max(layer.floor, rounded(int(counts[i]), layer, round_to))
-            whole = scores[i]
-            units = self._select(layer, (whole if isinstance(whole, Tensor) else whole[:]).view(kept[i].shape), masked)
-            changed[layer.target.name] = (units.reshape(-1) != kept[i]).any()
+            whole, before = scores[i], self.layers.units(layer)
+            units = self._select(layer, whole if isinstance(whole, Tensor) else whole[:], masked)
+            changed[layer.target.name] = (units != before).any()
             self.layers.replace(layer, units, state_of)
         return changed
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibration import Calibration, undisturbed, watching
+from gossamer.calibration import Calibration, over_ranks, undisturbed, watching
 from gossamer.errors import ArgumentError, TargetError
 from gossamer.layer_inputs import patches
 from gossamer.rules.allocation import Context, count
@@ -197,7 +197,8 @@ def _hessian(calibration: Calibration, target: Target) -> Tensor:
         raise TargetError(
             f"layer {target.name!r} gets nan or infinite inputs from the data; check the data and the weights before it"
         )
-    return found[0] / n
+    total = over_ranks(torch.tensor(float(n), device=found[0].device))
+    return over_ranks(found[0]) / total
 
 
 def _columns(target: Target, weight: Tensor) -> Tensor:

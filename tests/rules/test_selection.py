@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import plain
 from gossamer.errors import ArgumentError
 from gossamer.rules import selection
-from gossamer.rules.selection import Hint, exchange, grows, hint_after, nest, select, select_n_m, survey, take
+from gossamer.rules.selection import Hint, exchange, grows, hint_after, nest, select, select_n_m, settle, survey, take
 
 # Few values make ties; the odd ones are where float comparison, sampling or arithmetic on brackets could go wrong.
 TINY = 2.0**-149
@@ -39,8 +39,7 @@ def drop(
     (candidates,) = survey([scores], [kept], need, hint)
     goes, hint = take(candidates, need)
     result = kept.clone()
-    if candidates.settled is not None:
-        result &= ~candidates.settled
+    settle(scores, result, candidates.lower)
     result[candidates.positions[goes]] = False
     return result, hint
 
@@ -210,7 +209,7 @@ def test_long_layers_that_compete_agree_with_one_sort_of_all():
     kept = [torch.rand(len(p)) < 0.8 for p in parts]
     need = 106_000  # the threshold lies where scores are continuous, so that the first bracket will do
     found = survey(parts, kept, need)
-    assert any(c.settled is not None for c in found), "the bracket should have a lower end here"
+    assert any(c.n_settled for c in found), "the bracket should have a lower end here"
     every, alive = torch.cat(parts).numpy(), np.flatnonzero(torch.cat(kept).numpy())
     gone = alive[np.argsort(every[alive], kind="stable")[:need]]
     start = 0
@@ -219,8 +218,7 @@ def test_long_layers_that_compete_agree_with_one_sort_of_all():
         goes, _ = take(candidates, len(here))
         result = keep.clone()
         result[candidates.positions[goes]] = False
-        if candidates.settled is not None:
-            result &= ~candidates.settled
+        settle(part, result, candidates.lower)
         assert np.array_equal(np.sort(here), np.flatnonzero((keep & ~result).numpy()))
         start += len(part)
 

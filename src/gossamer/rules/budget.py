@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.rules.order import order_keys
+
 _CHUNK = 1 << 18
 _BITS = 11
 """That a histogram is over."""
@@ -91,7 +93,7 @@ def global_counts(
             [
                 sum(
                     (
-                        _histogram(_order_keys(layer[start : start + chunk], wide), prefix, left, width)
+                        _histogram(order_keys(layer[start : start + chunk], wide), prefix, left, width)
                         for start in range(0, len(layer), chunk)
                     ),
                     torch.zeros(1 << width, dtype=torch.int64, device=device),
@@ -123,10 +125,3 @@ def _histogram(keys: Tensor, prefix: Tensor, left: int, width: int) -> Tensor:
         return torch.bincount(digits, minlength=bins + 1)[:bins]
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=keys.device)  # where bincount would wait for the device
     return counts.scatter_add_(0, digits.to(torch.int64), torch.ones_like(digits, dtype=torch.int64))[:bins]
-
-
-def _order_keys(scores: Tensor, wide: bool) -> Tensor:
-    # Positive floats order like their bits; negative ones the other way round. Adding 0 makes -0.0 equal 0.0.
-    floats, ints = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-    bits = (scores.reshape(-1).to(floats) + 0.0).view(ints)
-    return torch.where(bits >= 0, bits ^ torch.iinfo(ints).min, ~bits)  # in the order of numbers without a sign

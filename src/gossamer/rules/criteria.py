@@ -157,6 +157,9 @@ def _needs(func: Callable[..., Any], name: str) -> tuple[str, ...]:
 
 CRITERIA: Registry[Criterion] = Registry("criterion", Criterion)
 
+_MOVES_WEIGHTS = ("sparsegpt", "obc", "obs")
+"""What users may look for here, and find in `reconstruction.py`."""
+
 
 def as_criterion(criterion: Criterion | str | Callable[..., Tensor]) -> Criterion:
     """A criterion from whatever a user may give: a criterion, a registered name or a plain function.
@@ -174,6 +177,11 @@ def as_criterion(criterion: Criterion | str | Callable[..., Tensor]) -> Criterio
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):
+        if criterion.lower() in _MOVES_WEIGHTS and criterion not in CRITERIA:
+            raise ArgumentError(
+                f"{criterion!r} moves the weights that stay too, which no criterion does; call "
+                "gossamer.sparsegpt(Sparsifier(model, data=...), sparsity)"
+            )
         return CRITERIA[criterion]
     return Criterion(criterion)
 

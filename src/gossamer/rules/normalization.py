@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gossamer.errors import ArgumentError
 from gossamer.registry import Registry
+from gossamer.rules.order import stable_order
 
 Normalization = Callable[[Tensor], Tensor]
 """Scores of a layer's units, of any shape → scores of the same shape."""
@@ -63,7 +64,9 @@ def normalize_lamp(scores: Tensor) -> Tensor:
     others.
     """
     wide = torch.float64 if scores.device.type != "mps" else torch.float32
-    flat, order = scores.reshape(-1).sort(stable=True)
+    flat = scores.reshape(-1)
+    order = stable_order(flat)
+    flat = flat[order]
     squares = flat.to(wide).clamp(min=0).square()
     left = squares.flip(0).cumsum(0).flip(0)
     shares = torch.where(left > 0, squares / left.where(left > 0, 1.0), 0.0).to(scores.dtype)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ArgumentError
+from gossamer.rules.order import stable_order
 
 _CHUNK = 1 << 18  # units looked at together: small enough that a chunk's temporaries are recycled, not mapped anew
 _SAMPLE = 1 << 12
@@ -51,9 +52,7 @@ def select(scores: Tensor, kept: Tensor, masked: int | Tensor) -> Tensor:
     """
     flat, keep = scores.reshape(-1), kept.reshape(-1)
     rank = torch.empty_like(keep, dtype=torch.int64)
-    rank[torch.argsort(nest(flat, keep, grows(keep, masked)), stable=True)] = torch.arange(
-        len(flat), device=flat.device
-    )
+    rank[stable_order(nest(flat, keep, grows(keep, masked)))] = torch.arange(len(flat), device=flat.device)
     return (rank >= masked).view(kept.shape)
 
 
@@ -115,7 +114,7 @@ def select_n_m(scores: Tensor, kept: Tensor, masked: int, m: int) -> Tensor:
     keep = rank >= base
     if extra:
         at_base = rank == base  # one a block, so the sum is that one's score
-        order = torch.argsort(torch.where(at_base, nested, 0.0).sum(1), stable=True)
+        order = stable_order(torch.where(at_base, nested, 0.0).sum(1))
         chosen = torch.zeros_like(at_base[:, 0])
         chosen[order[:extra]] = True
         keep &= ~(at_base & chosen[:, None])
@@ -167,14 +166,14 @@ class Candidates:
     """The units of one layer that may go, when the mask grows.
 
     Args:
-        settled: bool, flat: units below the bracket, which surely go; None where there are none.
+        lower: the bracket's lower end, below which kept units surely go.
         n_settled: how many these are.
         positions: int64, increasing: units inside the bracket.
         scores: their scores.
         upper: the bracket's upper end.
     """
 
-    settled: Tensor | None
+    lower: float
     n_settled: int
     positions: Tensor
     scores: Tensor
@@ -198,7 +197,9 @@ class Hint:
         return self.threshold + (1.5 * need + 4 * math.sqrt(need) + 32) * self.spacing
 
 
-def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hint | None = None) -> list[Candidates]:
+def survey(
+    scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hint | None = None, bounded: bool = False
+) -> list[Candidates]:
     """Finds, in layers that compete, candidates among which the `need` lowest kept units surely are. CPU.
 
     Args:
@@ -206,9 +207,10 @@ def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hi
         kept: for each layer, bool, flat.
         need: how many kept units shall go, in all layers together; at most as many as are kept.
         hint: from the last selection, where there was one.
+        bounded: whether to hold no more candidates than about n^(2/3) of n units.
 
     Returns:
-        Candidates, one a layer.
+        Candidates, one a layer. With `bounded`, an empty list where scores tie so often that more would be needed.
 
     Raises:
         ArgumentError: there are fewer kept units with a number for a score than needed.
@@ -217,21 +219,45 @@ def survey(scores: Sequence[Scores], kept: Sequence[Tensor], need: int, hint: Hi
         >>> survey([torch.tensor([3.0, 1.0])], [torch.tensor([True, True])], 1)[0].positions.tolist()
         [0, 1]
     """
-    if hint is not None:
-        found = _scan(scores, kept, -math.inf, hint.below(need))
-        if sum(len(c.positions) for c in found) >= need:
-            return found
+    total = sum(len(s) for s in scores)
+    most = _SMALL + int(20 * total ** (2 / 3)) if bounded else total  # a bracket of 16 sigmas has 16 n^(2/3)
+    if hint is not None and (not bounded or 2 * need <= most):
+        found = _scan(scores, kept, -math.inf, hint.below(need), most)
+        if found.layers and found.n_inside >= need:
+            return found.layers
     n_kept = [int(np.count_nonzero(k.numpy())) for k in kept]
     # Where all is kept, which is where one shot starts, there is nothing to leave out.
     still = [None if n == len(k) else k for n, k in zip(n_kept, kept, strict=True)]
     for low, high in _brackets(scores, still, need / max(1, sum(n_kept))):
-        found = _scan(scores, still, low, high)
-        settled = sum(c.n_settled for c in found)
-        if settled <= need <= settled + sum(len(c.positions) for c in found):
-            return found
+        found = _scan(scores, still, low, high, most)
+        if found.n_settled <= need <= found.n_settled + found.n_inside:
+            return found.layers
     raise ArgumentError(
         f"cannot choose {need} units: some scores are nan. Check the weights for nan, or the criterion's own arithmetic"
     )
+
+
+def settle(scores: Scores, kept: Tensor, lower: float) -> None:
+    """Masks the kept units that score lower than a bracket, in place. CPU.
+
+    Args:
+        scores: of a layer's units.
+        kept: bool, flat.
+        lower: the bracket's lower end.
+
+    Example:
+        >>> kept = torch.tensor([True, True])
+        >>> settle(torch.tensor([3.0, 1.0]), kept, lower=2.0); kept.tolist()
+        [True, False]
+    """
+    if lower == -math.inf:
+        return
+    flags = kept.numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(scores), _CHUNK):
+            part = slice(start, min(start + _CHUNK, len(scores)))
+            values = scores[part].numpy()
+            flags[part] &= ~np.less(values, values.dtype.type(lower))
 
 
 def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor | None], q: float) -> list[tuple[float, float]]:
@@ -246,7 +272,8 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor | None], q: float)
     parts: list[np.ndarray] = []
     for layer_scores, keep in zip(scores, kept, strict=True):
         part = layer_scores[every].numpy()
-        parts.append(part if keep is None else part[keep[every].numpy()])
+        # A copy, since a view would hold on to all scores of the layer.
+        parts.append(part.copy() if keep is None else part[keep[every].numpy()])
     sample = np.concatenate(parts)
     # A bound of nan would bound nothing. NumPy sorts floats many times as fast as torch, which carries positions along.
     sample = np.sort(sample[~np.isnan(sample)])
@@ -262,22 +289,36 @@ def _brackets(scores: Sequence[Scores], kept: Sequence[Tensor | None], q: float)
     return [*brackets, (-math.inf, math.inf)]
 
 
-def _scan(scores: Sequence[Scores], kept: Sequence[Tensor | None], low: float, high: float) -> list[Candidates]:
+@dataclass
+class _Found:
+    """What a scan found: how many units in all layers, and which; no layers where those are too many to hold."""
+
+    layers: list[Candidates]
+    n_settled: int = 0
+    n_inside: int = 0
+
+
+def _scan(scores: Sequence[Scores], kept: Sequence[Tensor | None], low: float, high: float, most: int) -> _Found:
     """One pass over the scores: [low, high) are candidates, below low is settled. A compiled helper can do it here."""
+    found = _Found([])
     # NumPy compares floats into bools three times as fast as torch does. Its scalars warn where they overflow to inf,
     # and some builds where they meet a nan; an infinite end is what is meant, and nan is to compare false.
     with np.errstate(over="ignore", invalid="ignore"):
-        return [_scan_layer(s, k, low, high) for s, k in zip(scores, kept, strict=True)]
+        for s, k in zip(scores, kept, strict=True):
+            _scan_layer(found, s, k, low, high, most)
+    if found.n_inside > most:
+        found.layers = []
+    return found
 
 
-def _scan_layer(scores: Scores, kept: Tensor | None, low: float, high: float) -> Candidates:
+def _scan_layer(found: _Found, scores: Scores, kept: Tensor | None, low: float, high: float, most: int) -> None:
     n, keep = len(scores), None if kept is None else kept.numpy()
     # An open bracket takes +inf too.
     compare = np.less if high < math.inf else np.less_equal
-    settled = np.empty(n, np.bool_) if low > -math.inf else None
     buffer = np.zeros(-(-min(n, _CHUNK) // 8) * 8, np.bool_)
+    below = np.empty(min(n, _CHUNK), np.bool_)
     positions: list[np.ndarray] = []
-    found: list[np.ndarray] = []
+    inside_scores: list[np.ndarray] = []
     n_settled = 0
     for start in range(0, n, _CHUNK):
         part = slice(start, min(start + _CHUNK, n))
@@ -285,24 +326,25 @@ def _scan_layer(scores: Scores, kept: Tensor | None, low: float, high: float) ->
         inside = compare(values, values.dtype.type(high), out=buffer[: len(values)])
         if keep is not None:
             inside &= keep[part]
-        if settled is not None:
-            under = np.less(values, values.dtype.type(low), out=settled[part])
+        if low > -math.inf:
+            under = np.less(values, values.dtype.type(low), out=below[: len(values)])
             if keep is not None:
                 under &= keep[part]
             n_settled += int(np.count_nonzero(under))
             inside ^= under
         buffer[len(values) :] = False
         here = _positions(buffer)
-        found.append(values[here])
+        found.n_inside += len(here)
+        if found.n_inside > most:
+            found.layers, positions, inside_scores = [], [], []  # and go on counting
+            continue
+        inside_scores.append(values[here])
         here += start
         positions.append(here)
-    return Candidates(
-        None if settled is None else torch.from_numpy(settled),
-        n_settled,
-        torch.from_numpy(np.concatenate(positions)),
-        torch.from_numpy(np.concatenate(found)),
-        high,
-    )
+    found.n_settled += n_settled
+    if found.n_inside <= most:
+        at, values = np.concatenate(positions), np.concatenate(inside_scores)
+        found.layers.append(Candidates(low, n_settled, torch.from_numpy(at), torch.from_numpy(values), high))
 
 
 def _positions(flags: np.ndarray) -> np.ndarray:
