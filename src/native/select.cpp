@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "gossamer.h"
@@ -310,18 +311,26 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
   // A thread a group, which leaves nothing that others wait for; or all threads in each, where one group is too large.
   if (total < 4 * ITEM) threads = 1;
   const bool apart = most * threads <= total;
+  // Less size, group: the largest first, so that no thread waits for another's large one at the end.
+  std::vector<std::pair<int64_t, int64_t>> order;
   try {
     jobs.resize(size_t(n_groups));
+    for (int64_t g = 0; g < n_groups; g++) {
+      int64_t n = 0;
+      for (int64_t l = 0; l < groups[g].n_layers; l++) n -= groups[g].layers[l].n;
+      order.emplace_back(n, g);
+    }
   } catch (const std::bad_alloc&) {
     for (int64_t g = 0; g < n_groups; g++) groups[g].failed = 2;
     return;
   }
-  if (apart) share(n_groups, threads, [&](int64_t g, int) { find(g, 1); });
+  std::sort(order.begin(), order.end());
+  if (apart) share(n_groups, threads, [&](int64_t i, int) { find(order[size_t(i)].second, 1); });
   else for (int64_t g = 0; g < n_groups; g++) find(g, threads);
   // All of them or none, where a score is no number: what is wrong is to be said before anything has changed.
   const bool is_wrong = std::any_of(groups, groups + n_groups, [](const GossamerGroup& group) { return group.failed == 3; });
   if (is_wrong)
     for (int64_t g = 0; g < n_groups; g++) groups[g].failed = std::max(groups[g].failed, 3);
-  if (apart) share(n_groups, threads, [&](int64_t g, int) { cut(g); });
+  if (apart) share(n_groups, threads, [&](int64_t i, int) { cut(order[size_t(i)].second); });
   else for (int64_t g = 0; g < n_groups; g++) cut(g);
 }
