@@ -137,7 +137,7 @@ GossamerPlan* gossamer_plan_new(const GossamerLayer* layer, const GossamerUse* u
   }
   if (pointwise && s.groups == 1 && pixels < FEW) {
     p->way = Way::TOKENS;
-    p->cost = double(pixels) * (1.9 * double(p->layer->values.size()) + 50.0 * s.out);
+    p->cost = double(pixels) * (2.4 * double(p->layer->values.size()) + 50.0 * s.out);
     return p.release();
   }
   const Phases phases = phases_of(s);

@@ -191,6 +191,7 @@ void run_tile(const Run& run, int64_t item) {
   copy.rows = p.block_rows();
   copy.pitch = pitch;
   copy.columns = p.left || p.across > 1 ? pitch : std::min(pitch, p.out_width + std::max(p.first, 0));
+  copy.fill = p.has_gaps && p.tile_images == 1;
 
   Rows rows = rows_of(p, group);
   rows.x = block_data;
@@ -207,7 +208,7 @@ void run_tile(const Run& run, int64_t item) {
   // Blocks fill the same places, unless a place is of another phase in the next.
   const bool anew = p.block_planes % p.n_phases != 0;
   for (const Block& block : group.blocks) {
-    if (p.has_gaps && (anew || &block == &group.blocks.front())) std::memset(block_data, 0, size_t(block_floats) * sizeof(float));
+    if (p.has_gaps && !copy.fill && (anew || &block == &group.blocks.front())) std::memset(block_data, 0, size_t(block_floats) * sizeof(float));
     copy.planes = p.planes.data() + 3 * int64_t(block.plane);
     copy.n_planes = block.n_planes;
     p.kernels->copy(copy);

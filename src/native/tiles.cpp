@@ -8,20 +8,21 @@ namespace gossamer {
 namespace {
 
 // Costs are in multiplications of the cheapest vector from the first-level cache, two of which are made at a time. What
-// the other things cost was fitted to layers on an Emerald Rapids and a Zen 4; elsewhere they are about as much.
+// the other things cost was fitted to what the tiles of ResNets' and a MobileNet's layers take, each in its network, on a
+// Zen 4; elsewhere they are about as much.
 struct Costs {
   double multiply;  // of a vector of these lanes
   explicit Costs(double of) : multiply(of) {}
   // Of a weight: its broadcast and its offset, and no less than a part of the sums' latency.
-  double weight(int32_t t) const { return std::max(waiting(t), t * multiply + 1.0); }
+  double weight(int32_t t) const { return std::max(waiting(t), t * multiply + 2.0); }
   // The same where what it meets comes from the second-level cache.
-  double far_weight(int32_t t) const { return std::max(waiting(t), 2.2 * t * multiply + 1.0); }
+  double far_weight(int32_t t) const { return std::max(waiting(t), 1.9 * t * multiply + 2.0); }
   // Where sums do not wait, weights do: those of a whole network pass through the second-level cache, once for each tile.
-  static double waiting(int32_t t) { return ways_of(t) > 1 ? 4.5 : 5.5; }
-  // Of a row of a block: the loop's end is guessed wrong, and the sums are shifted from part to part.
-  double row(int32_t t, int32_t shifts) const { return 6.0 + shifts * 8.0 + (shifts - 1) * 2.0 * t * multiply; }
+  static double waiting(int32_t t) { return ways_of(t) > 1 ? 3.5 : 4.5; }
+  // Of a row of a block; with several parts, whose loops' ends are guessed wrong, and between which sums are shifted.
+  double row(int32_t t, int32_t shifts) const { return 14.0 + (shifts - 1) * (20.0 + 3.0 * t * multiply); }
   // Of sums that are kept from one block to the next, in the second-level cache.
-  double sums(int32_t t) const { return 5.0 * t * multiply; }
+  double sums(int32_t t) const { return 4.0 * t * multiply; }
 };
 
 // What it costs to fetch a line that another core wrote.
@@ -83,8 +84,8 @@ Tile choose_tile(const GossamerPlan& p, const Phases& phases, int32_t isa, int32
         const double per_row = std::ceil(double(std::min(tile.columns, p.out_width)) / lanes);
         const double cost_of_tile =
             nonzero * costs.weight(t) + met * costs.row(t, p.n_shifts) + std::max(0.0, met - out) * costs.sums(t) +
-            n_planes * block_rows * images * (4 + (s.sx > 1 ? 5.0 : 2.5) * (per_row + halo / 16.0)) +
-            out * (20 + tile.rows * images * (3 + 3 * per_row));
+            n_planes * block_rows * images * (3 + (s.sx > 1 ? 6.0 * v : 0.0)) +
+            out * (50 + tile.rows * images * (10 + 12 * per_row));
         const int64_t tiles = int64_t(tile.across) * tile.down * up(p.images, images);
         const double cost = shared(p, threads, cost_of_tile * double(tiles), tiles);
         if (cost < best.cost) {
@@ -124,7 +125,7 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t
         const double weight = cached ? costs.weight(int32_t(t)) : costs.far_weight(int32_t(t));
         const double alone = double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
                                              std::max(0.0, met - out) * costs.sums(int32_t(t)) +
-                                             n_planes * double(t) * 2 + out * (8 + 4.0 * double(t)));
+                                             n_planes * double(t) * 7 + out * (30 + 3.0 * double(t)));
         const double cost = p.by_channels
                                 ? alone + FOREIGN * n_planes * double(up(pixels, 16)) * (threads - 1)
                                 : shared(p, threads, alone, tiles);
@@ -148,14 +149,16 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t
 using namespace gossamer;
 
 // Dense kernels make 0.85 of the multiplications that there could be, fewer on few pixels, and move what they read into a
-// layout of their own; on a few pixels or tokens they take as long as it takes to read the weights.
+// layout of their own; on a few pixels or tokens they take as long as it takes to read the weights, which wide vectors do not
+// shorten, and longer where those have to come from beyond the second-level cache.
 double gossamer_dense_cost(const GossamerLayer* layer, const GossamerUse* use) {
   const Shape& s = layer->s;
   const double lanes = machine().kernels[0]->lanes / machine().costs[0];
   const double height = std::max(0, (use->height + 2 * s.py - s.dy * (s.kh - 1) - 1) / s.sy + 1);
   const double width = std::max(0, (use->width + 2 * s.px - s.dx * (s.kw - 1) - 1) / s.sx + 1);
   const double pixels = height * width * double(use->images), weights = double(s.out) * s.in * s.kh * s.kw;
-  const double few = s.kh * s.kw == 1 ? 6 : 12, efficiency = 0.85 * std::min(1.0, s.in * s.kh * s.kw / 32.0);
+  const double efficiency = 0.85 * std::min(1.0, s.in * s.kh * s.kw / 32.0), bytes = weights * s.groups * 4, l2 = double(machine().l2);
+  const double read = s.kh * s.kw == 1 ? (bytes > l2 ? 0.65 : 0.45) : (bytes > 4 * l2 ? 2.6 : 0.9);
   const double inputs = double(use->images) * s.in * s.groups * use->height * use->width;
-  return weights * (pixels + few) / efficiency / lanes + 3 * (inputs + pixels * s.out) / lanes;
+  return weights * (pixels / efficiency / lanes + read) + 3 * (inputs + pixels * s.out) / lanes;
 }

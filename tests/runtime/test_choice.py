@@ -36,11 +36,10 @@ def test_a_layer_runs_sparse_where_that_should_take_less(sparsity: float, wants:
     ("shape", "kernel", "pixels", "sparsity", "is_sparse"),
     [
         ((512, 512), 3, 1, 50, True),  # most of the kernel meets padding
-        ((512, 512), 3, 2, 50, False),
         ((512, 512), 3, 2, 90, True),
-        ((256, 256), 3, 4, 50, False),
+        ((128, 128), 3, 4, 30, False),
         ((256, 256), 3, 4, 90, True),
-        ((1000, 512), 0, 1, 80, False),  # a head, which dense takes as long as its weights take to be read
+        ((1000, 512), 0, 1, 50, False),  # a head, which dense takes as long as its weights take to be read
         ((1000, 512), 0, 1, 95, True),
     ],
 )
@@ -94,16 +93,16 @@ def test_without_inputs_the_share_of_zeros_decides() -> None:
 def halves(*, tune: bool = False) -> tuple[nn.Module, runtime.CompiledModel]:
     """Compiled for images for which it is faster sparse."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(8, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1)).eval()
-    Sparsifier(net).sparsify_model(50)
-    return net, runtime.compile(net, torch.randn(1, 8, 28, 28), tune=tune)
+    net = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1)).eval()
+    Sparsifier(net).sparsify_model(40)
+    return net, runtime.compile(net, torch.randn(1, 128, 28, 28), tune=tune)
 
 
 def test_inputs_of_another_size_go_to_pytorch_where_that_should_be_faster() -> None:
     net, fast = halves()
     assert kinds(fast) == ["sparse"] * 2
     for size, runs in ((28, "sparse"), (4, "dense"), (60, "sparse")):
-        x = torch.randn(1, 8, size, size)
+        x = torch.randn(1, 128, size, size)
         rows = [row for row in fast.explain(x) if row.op.startswith("conv2d")]
         assert [row.runs for row in rows] == [runs] * 2
         assert 0 < sum(row.share or 0 for row in fast.explain(x)) < 100.01
@@ -115,7 +114,7 @@ def test_inputs_of_another_size_go_to_pytorch_where_that_should_be_faster() -> N
 def test_what_a_trial_found_holds_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_tried", lambda *_: 0.5)
     _, fast = halves(tune=True)
-    rows = fast.explain(torch.randn(1, 8, 4, 4))
+    rows = fast.explain(torch.randn(1, 128, 4, 4))
     assert [row.runs for row in rows if row.op.startswith("conv2d")] == ["sparse"] * 2
 
 
@@ -128,7 +127,7 @@ def test_a_last_small_layer_stays_where_going_back_to_pytorch_would_take_longer(
         )
         Sparsifier(net, layer_type=(nn.Conv2d, nn.Linear)).sparsify_model({"0": 90, "4": sparsity})
         [row] = [
-            r for r in runtime.compile(net.eval(), torch.randn(1, 8, 16, 16)).explain() if r.op.startswith("linear")
+            r for r in runtime.compile(net.eval(), torch.randn(1, 8, 24, 24)).explain() if r.op.startswith("linear")
         ]
         return row
 

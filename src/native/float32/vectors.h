@@ -53,6 +53,17 @@ INLINE V every_second(V a, V b) {
 }
 // Of 2L floats; there must be as many.
 INLINE V every_second(const float* from) { return every_second(load(from), load(from + L)); }
+// The others of them.
+INLINE V other_seconds(const float* from) {
+  const V a = load(from), b = load(from + L);
+#if GOSSAMER_LANES == 16
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif GOSSAMER_LANES == 8
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
 
 #if defined(__AVX512VL__)
 // Those whose bit is set; the others are zero, and not touched.
@@ -63,14 +74,19 @@ INLINE V load_some(const float* p, uint32_t bits) {
   return (V)_mm256_maskz_loadu_ps(__mmask8(bits), p);
 #endif
 }
+INLINE void store_some(float* p, V v, uint32_t bits) {
+#if GOSSAMER_LANES == 16
+  _mm512_mask_storeu_ps(p, __mmask16(bits), (__m512)v);
+#else
+  _mm256_mask_storeu_ps(p, __mmask8(bits), (__m256)v);
+#endif
+}
 #endif
 
 // The first n floats, n <= L; the others are zero, and nothing behind them is touched.
 INLINE V load_few(const float* p, int32_t n) {
-#if defined(__AVX512VL__) && GOSSAMER_LANES == 16
-  return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-#elif defined(__AVX512VL__)
-  return (V)_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p);
+#if defined(__AVX512VL__)
+  return load_some(p, (1u << n) - 1);
 #else
   float few[L] = {};
   for (int32_t i = 0; i < n; i++) few[i] = p[i];
@@ -78,10 +94,8 @@ INLINE V load_few(const float* p, int32_t n) {
 #endif
 }
 INLINE void store_few(float* p, V v, int32_t n) {
-#if defined(__AVX512VL__) && GOSSAMER_LANES == 16
-  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-#elif defined(__AVX512VL__)
-  _mm256_mask_storeu_ps(p, __mmask8((1u << n) - 1), (__m256)v);
+#if defined(__AVX512VL__)
+  store_some(p, v, (1u << n) - 1);
 #else
   typedef float Four __attribute__((vector_size(16), aligned(4)));
   typedef float Two __attribute__((vector_size(8), aligned(4)));
