@@ -270,6 +270,28 @@ def test_a_network_is_put_back_also_where_the_loss_fails():
     assert plain.surface(model) == surface
 
 
+@pytest.mark.parametrize("kind", sorted(OF_DATA - {"flow"}))  # which runs a copy of the state
+def test_a_buffer_that_is_replaced_rather_than_written_to_is_put_back(kind):
+    class Averaging(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("average", torch.zeros(4))
+            self.register_buffer("longest", torch.zeros(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.average = 0.9 * self.average + x.detach().mean((0, 1, 2))
+            if len(self.longest) < len(x):  # what has grown stays, as another forward may count on it
+                self.longest = torch.zeros(len(x))
+            return super().forward(x)
+
+    model = Averaging()
+    before = model.average
+    evidence(model, kind)
+    assert model.average is before
+    assert not model.average.any()
+    assert len(model.longest) > 0
+
+
 @pytest.mark.parametrize("criterion", [n for n, c in CRITERIA.items() if OF_DATA & set(c.needs)])
 def test_nothing_of_the_data_is_kept(criterion):
     model = net()

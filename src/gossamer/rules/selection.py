@@ -348,7 +348,7 @@ def _scan_layer(found: _Found, scores: Scores, kept: Tensor | None, low: float, 
 
 
 def _no_lower(dtype: np.dtype, end: float) -> np.generic:
-    """A bracket's upper end in a layer's own dtype. Rounded down, as in float32 beside float64, it would leave some out."""
+    """A bracket's upper end in a layer's own dtype; rounded down, as float64 is to float32, it would leave some out."""
     rounded = dtype.type(end)
     return np.nextafter(rounded, dtype.type(math.inf)) if float(rounded) < end else rounded
 
