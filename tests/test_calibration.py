@@ -256,6 +256,16 @@ def test_the_network_and_the_random_numbers_are_left_alone(kind, mode):
     assert random.getstate() == state[1]
 
 
+@pytest.mark.parametrize("kind", sorted(OF_DATA))
+def test_evidence_is_the_same_where_gradients_are_switched_off(kind):
+    expected = evidence(net("eval"), kind)
+    model, data = net("eval"), batches()
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            found = evidence(model, kind, data)
+        assert all(plain.bits(found[name]) == plain.bits(tensor) for name, tensor in expected.items())
+
+
 def test_a_network_is_put_back_also_where_the_loss_fails():
     model = Net()
     surface = plain.surface(model)
