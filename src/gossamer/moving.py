@@ -308,7 +308,8 @@ class Mover:
         """
         masks: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            if layer.masked == 0 or self._is_frozen(layer):
+            # What grows in a frozen layer would stay at zero, and RigL has no gradient to choose it by.
+            if layer.masked == 0 or not layer.target.weight.requires_grad:
                 continue
             units = self.layers.units(layer)
             found = {k: widen(t) for k, t in evidence.gather(name, layer.target.weight).items()}
