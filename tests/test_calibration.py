@@ -256,6 +256,16 @@ def test_the_network_and_the_random_numbers_are_left_alone(kind, mode):
     assert random.getstate() == state[1]
 
 
+@pytest.mark.parametrize("kind", sorted(OF_DATA))
+def test_evidence_is_the_same_where_gradients_are_switched_off(kind):
+    expected = evidence(net("eval"), kind)
+    model, data = net("eval"), batches()
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            found = evidence(model, kind, data)
+        assert all(plain.bits(found[name]) == plain.bits(tensor) for name, tensor in expected.items())
+
+
 def test_a_network_is_put_back_also_where_the_loss_fails():
     model = Net()
     surface = plain.surface(model)
@@ -268,6 +278,28 @@ def test_a_network_is_put_back_also_where_the_loss_fails():
             gather(Calibration(model, batches(), failing), find_targets(model, LAYERS), [kind])
     assert model.training
     assert plain.surface(model) == surface
+
+
+@pytest.mark.parametrize("kind", sorted(OF_DATA - {"flow"}))  # which runs a copy of the state
+def test_a_buffer_that_is_replaced_rather_than_written_to_is_put_back(kind):
+    class Averaging(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("average", torch.zeros(4))
+            self.register_buffer("longest", torch.zeros(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.average = 0.9 * self.average + x.detach().mean((0, 1, 2))
+            if len(self.longest) < len(x):  # what has grown stays, as another forward may count on it
+                self.longest = torch.zeros(len(x))
+            return super().forward(x)
+
+    model = Averaging()
+    before = model.average
+    evidence(model, kind)
+    assert model.average is before
+    assert not model.average.any()
+    assert len(model.longest) > 0
 
 
 @pytest.mark.parametrize("criterion", [n for n, c in CRITERIA.items() if OF_DATA & set(c.needs)])

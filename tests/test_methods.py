@@ -397,12 +397,34 @@ def test_gradients_that_nobody_looked_at_are_missed():
 
 def test_a_gradient_that_is_missing_is_named():
     model = network()
-    model[0].weight.requires_grad_(False)
-    optimizer = OPTIMIZERS["Adam"](model.parameters())
-    run = SparseTraining(Sparsifier(model), optimizer, 50, total_steps=4, method=RigL(every_n_steps=1))
-    with pytest.raises(StateError, match=r"'0' has no gradient.*skip_frozen"):
+    unused = nn.ModuleList([model, nn.Conv2d(1, 8, 3)])
+    optimizer = OPTIMIZERS["Adam"](unused.parameters())
+    run = SparseTraining(Sparsifier(unused), optimizer, 50, total_steps=4, method=RigL(every_n_steps=1))
+    with pytest.raises(StateError, match=r"'1' has no gradient.*exclude"):
         train_step(model, optimizer, 0)
     del run
+
+
+@pytest.mark.parametrize("method", [RigL(1.0, 1, 1.0), SET(1.0, 1, 1.0)], ids=lambda m: m.name)
+def test_a_frozen_layer_exchanges_nothing_until_it_is_unfrozen(method):
+    model = network()
+    model[0].weight.requires_grad_(False)
+    optimizer = OPTIMIZERS["Adam"](model.parameters())
+    sparsifier = Sparsifier(model, layer_type=(nn.Conv2d, nn.Linear))
+    run = SparseTraining(sparsifier, optimizer, 50, total_steps=6, method=method)
+    frozen, weight, other = sparsifier.masks["0"].clone(), model[0].weight.clone(), sparsifier.masks["4"].clone()
+    assert plain.zeros(weight) == 36
+    for step in range(3):
+        train_step(model, optimizer, step)
+        run.step()
+    assert torch.equal(sparsifier.masks["0"], frozen)
+    assert torch.equal(model[0].weight, weight)
+    assert not torch.equal(sparsifier.masks["4"], other)
+    model[0].weight.requires_grad_(True)
+    train_step(model, optimizer, 3)
+    run.step()
+    assert not torch.equal(sparsifier.masks["0"], frozen)
+    assert plain.zeros(model[0].weight) >= 36
 
 
 @pytest.mark.parametrize(

@@ -225,5 +225,25 @@ def test_what_cannot_be_solved_is_refused(make, error, said):
         make(nn.Linear(8, 4))
 
 
+def test_a_layer_that_the_data_does_not_reach_is_named_before_another_is_changed():
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    model.forward = lambda x: model["used"](x)
+    before = model["used"].weight.detach().clone()
+    with pytest.raises(TargetError, match=r"'other' is not reached.*exclude"):
+        sparsegpt(rules(model), 50)
+    assert torch.equal(model["used"].weight, before)
+
+
+def test_frozen_layers_are_left_alone_where_they_are_to_be_skipped():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    sparsegpt(rules(model, skip_frozen=True), 50)
+    assert torch.equal(model[0].weight, before)
+    assert plain.zeros(model[1].weight) == 32
+    sparsegpt(rules(model), {"0": 50})
+    assert plain.zeros(model[0].weight) == 32
+
+
 def rules(model: nn.Module, **arguments) -> Sparsifier:
     return Sparsifier(model, **{"layer_type": nn.Linear, "data": X, **arguments})

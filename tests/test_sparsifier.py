@@ -534,6 +534,26 @@ def test_no_layer_is_emptied_while_others_have_something_to_give():
     assert sum(plain.zeros(layer.weight) for layer in model) == 1500
 
 
+@pytest.mark.parametrize("round_to", [None, 3])
+def test_other_layers_may_compete_the_next_time_for_as_many_units(round_to):
+    model = nn.Sequential(*[nn.Linear(20, 20, bias=False) for _ in range(3)])
+    sparsifier = Sparsifier(model, context="global", layer_type=nn.Linear)
+    sparsifier.sparsify_model({"0": 30, "*": 80}, round_to)
+    sparsifier.sparsify_model({"1": 90, "*": 80}, round_to)
+    zeros = [plain.zeros(layer.weight) for layer in model]
+    assert abs(zeros[0] + zeros[2] - 640) <= (0 if round_to is None else round_to)
+
+
+def test_another_layer_may_be_frozen_the_next_time():
+    model = nn.Sequential(*[nn.Linear(20, 20, bias=False) for _ in range(3)])
+    sparsifier = Sparsifier(model, context="global", layer_type=nn.Linear, skip_frozen=True)
+    for frozen in (0, 1):
+        for i, layer in enumerate(model):
+            layer.requires_grad_(i != frozen)
+        sparsifier.sparsify_model(50)
+        assert sum(plain.zeros(layer.weight) for i, layer in enumerate(model) if i != frozen) == 400
+
+
 @pytest.mark.parametrize("context", ["global", "lamp", "erk", "uniform_plus"])
 def test_a_dict_fixes_layers_and_a_star_is_for_the_others(context):
     model = three()

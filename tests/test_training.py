@@ -526,3 +526,21 @@ def test_a_move_that_fails_for_nan_can_be_made_once_the_weights_are_good(context
     model.load_state_dict(good)
     run.move_to(1.0)
     assert run.report().sparsity == 50
+
+
+@pytest.mark.parametrize("schedule", ["lin", "constant"])
+def test_a_run_that_leaves_a_layer_nearly_empty_says_so_once(schedule):
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-6)
+
+    def two_rounds() -> None:
+        run = SparseTraining(Sparsifier(model, context="global", layer_type=nn.Linear), None, 60, schedule, 5)
+        for _ in range(2):
+            for _ in range(5):
+                run.step()
+            run.restart()
+
+    with pytest.warns(GossamerWarning, match="'0' keeps 1 of 10,000") as caught:
+        two_rounds()
+    assert len(caught) == 1

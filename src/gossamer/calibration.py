@@ -215,7 +215,11 @@ def undisturbed(model: nn.Module, evaluate: bool) -> Generator[None]:
         (True, [0.0, 0.0])
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     random = random_state()
     if evaluate:
         model.eval()
@@ -225,8 +229,12 @@ def undisturbed(model: nn.Module, evaluate: bool) -> Generator[None]:
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
                 buffer.copy_(before)
+                now = module._buffers.get(name)
+                # Replaced, as a running mean is by some; of another shape it is a table that has grown, and stays.
+                if now is not buffer and now is not None and now.shape == buffer.shape:
+                    module._buffers[name] = buffer
         restore_random_state(random)
 
 

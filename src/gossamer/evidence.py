@@ -199,8 +199,8 @@ class StepEvidence:
                 have[kind] = _noise(f"{self._key}/{name}", weight)
             elif weight.grad is None:
                 raise StateError(
-                    f"layer {name!r} has no gradient to choose by which weights grow; unfreeze it, leave it out with "
-                    f"exclude=[{name!r}], or use skip_frozen=True"
+                    f"layer {name!r} has no gradient to choose by which weights grow, since the loss does not depend "
+                    f"on it; leave it out with exclude=[{name!r}]"
                 )
             else:
                 gradient = weight.grad.to_dense() if weight.grad.layout != torch.strided else weight.grad

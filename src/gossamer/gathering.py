@@ -58,7 +58,8 @@ def gather(calibration: Calibration, targets: Sequence[Target], kinds: Collectio
     for kind in kinds:
         if kind in OF_LOSS and calibration.loss_func is None:
             raise ArgumentError(f"the criterion looks at the {kind} of a loss; give loss_func=(output, target) → loss")
-        found[kind] = ways[kind](calibration, targets)
+        with torch.inference_mode(False):  # whose tensors have no gradients
+            found[kind] = ways[kind](calibration, targets)
         for name, tensor in found[kind].items():
             if not bool(torch.isfinite(tensor).all()):
                 raise TargetError(

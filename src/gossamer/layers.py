@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from gossamer.errors import ArgumentError, TargetError
 from gossamer.evidence import Evidence, LastScores, Look, ScoresOnDemand, WholeScores, widen
 from gossamer.masks import Masks, zero_at, zero_masked
 from gossamer.rules.criteria import OF_DATA, Criterion
-from gossamer.rules.granularity import Granularity, Reduction, expand, output_channels, pool, units_of
+from gossamer.rules.granularity import REDUCTIONS, Granularity, Reduction, expand, output_channels, pool, units_of
 from gossamer.rules.normalization import Normalization
 from gossamer.rules.selection import Candidates, Hint, Scores, settle, take
 from gossamer.sweeps import Competition, Units
@@ -138,11 +140,28 @@ class Layers(Mapping[str, Layer]):
         name, weight = layer.target.name, layer.target.weight
         evidence = {k: widen(t) for k, t in self.evidence.gather(name, weight).items()}
         scores = pool(self.criterion.score(evidence).reshape(layer.view), layer.dims, self.reduction)
+        if layer.dims:
+            self._check_scores(layer, scores, "reduction")
         if self.normalization is not None:
             scores = self.normalization(scores)
+            self._check_scores(layer, scores, "normalization")
+        # On a GPU a look would wait for the device.
+        if scores.device.type == "cpu" and bool(scores.isnan().any()):
+            raise ArgumentError(
+                f"layer {name!r} gets scores of nan by criterion {self.criterion.name!r}; check the weights for nan, "
+                "or the criterion's own arithmetic, or that of a reduction or a normalization"
+            )
         if layer.zeros is None:
             return scores
         return scores.masked_fill(layer.zeros.to(scores.device).view(scores.shape), -torch.inf)
+
+    def _check_scores(self, layer: Layer, scores: Any, what: str) -> None:
+        if not isinstance(scores, Tensor) or scores.numel() != layer.n_units:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else reprlib.repr(scores)
+            raise ArgumentError(
+                f"{what} gives {got} for layer {layer.target.name!r}, which has {layer.n_units} units; it must give "
+                "one score a unit"
+            )
 
     def flat_scores(self, layer: Layer, last: LastScores | None = None) -> Tensor | WholeScores | ScoresOnDemand:
         """The same, flat; slice by slice where that will do, and for single weights not before they are asked for.
@@ -290,7 +309,8 @@ class Layers(Mapping[str, Layer]):
                     f"layer {target.name!r} has nan or infinite weights, which no criterion can rank; "
                     "restore a checkpoint from before, or lower the learning rate"
                 )
-        if not self.criterion.elementwise:  # a function of the user's own may fail at any layer
+        is_known = self.criterion.elementwise and self.reduction in (None, *REDUCTIONS.values())
+        if not is_known:  # a function of the user's own may fail at any layer
             try:
                 for layer in self.values():
                     self.scores(layer)

@@ -25,8 +25,8 @@ def mask_state(layers: Layers, mover: Mover) -> dict[str, Tensor]:
     masks = {f"mask/{n}": t for n, t in layers.masks.state_dict().items()}
     shapes = {f"shape/{n}": torch.tensor(m.shape) for n, m in layers.masks.items()}
     floors = {f"floor/{n}": pack(la.zeros) for n, la in layers.items() if la.zeros is not None}
-    goal, round_to, n_layers = mover.pooled or (-1, None, 0)
-    pooled = {"pooled": torch.tensor([goal, round_to or 0, n_layers])} if n_layers else {}
+    goal, round_to, which = mover.pooled or (-1, None, 0)
+    pooled = {"pooled": torch.tensor([goal, round_to or 0, which])} if mover.pooled is not None else {}
     return {**masks, **shapes, **floors, **pooled, **layers.evidence.state_dict()}
 
 

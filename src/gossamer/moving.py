@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 
@@ -36,7 +37,7 @@ class Mover:
     def forget(self) -> None:
         """Takes the masks as they are now for what the next move starts from."""
         self._hints: dict[str, Hint | None] = {}
-        self.pooled: tuple[int, int | None, int] | None = None  # a global context's goal, rounding, number of layers
+        self.pooled: tuple[int, int | None, int] | None = None  # a global context's goal, rounding, which layers
 
     def move(
         self,
@@ -182,9 +183,10 @@ class Mover:
         need = goal - sum(known)
         fast = len(known) == len(now) and all(self._is_fast(layer) for layer in layers)
         fast = fast and need >= 0 and round_to is None
-        goes_on = bool(layers) and (goal, round_to, len(layers)) != self.pooled
+        asked = goal, round_to, zlib.crc32("\n".join(layer.target.name for layer in layers).encode())
+        goes_on = bool(layers) and asked != self.pooled
         if layers:
-            self.pooled = (goal, round_to, len(layers))
+            self.pooled = asked
         bounds = self._bounds(layers, fraction, goal) if layers else ([], [])
         ready, done = None, None
         if goes_on and fast and need and all(low <= n for low, n in zip(bounds[0], known, strict=True)):
@@ -306,7 +308,8 @@ class Mover:
         """
         masks: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            if layer.masked == 0 or self._is_frozen(layer):
+            # What grows in a frozen layer would stay at zero, and RigL has no gradient to choose it by.
+            if layer.masked == 0 or not layer.target.weight.requires_grad:
                 continue
             units = self.layers.units(layer)
             found = {k: widen(t) for k, t in evidence.gather(name, layer.target.weight).items()}

@@ -7,7 +7,7 @@ inverses are the rows of one Cholesky factor (Frantar & Alistarh 2023, arXiv:230
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -60,9 +60,11 @@ def sparsegpt(
     calibration = _check(sparsifier, block_size, damping)
     fractions = sparsifier.resolve(sparsity)
     sparsifier.check_weights()
-    targets = [t for t in sparsifier.targets if t.name in fractions]
+    skip = sparsifier.skip_frozen
+    targets = [t for t in sparsifier.targets if t.name in fractions and (t.weight.requires_grad or not skip)]
     for target in targets:
         _check_target(target)
+    _check_reached(calibration, targets)
     for target in targets:
         masked = count(fractions[target.name], target.weight.numel())
         if not masked:
@@ -189,16 +191,37 @@ def _hessian(calibration: Calibration, target: Target) -> Tensor:
         for batch in calibration:
             calibration.output(batch)
     if not found:
-        raise TargetError(
-            f"layer {target.name!r} is not reached by the data, so nothing is known of its inputs; leave it out with "
-            f"exclude=[{target.name!r}]"
-        )
+        raise _not_reached(target)
     if not bool(torch.isfinite(found[0]).all()):
         raise TargetError(
             f"layer {target.name!r} gets nan or infinite inputs from the data; check the data and the weights before it"
         )
     total = over_ranks(torch.tensor(float(n), device=found[0].device))
     return over_ranks(found[0]) / total
+
+
+def _check_reached(calibration: Calibration, targets: Sequence[Target]) -> None:
+    """Before a layer is changed; a batch that reaches all is enough."""
+    owners = {id(m): t.name for t in targets for m in (t.module, *t.shared_with)}
+    reached = set[str]()
+    modules = [m for t in targets for m in (t.module, *t.shared_with)]
+    with (
+        undisturbed(calibration.model, evaluate=True),
+        torch.no_grad(),
+        watching(modules, lambda module, _: reached.add(owners[id(module)])),
+    ):
+        for batch in calibration:
+            calibration.output(batch)
+            if len(reached) == len(targets):
+                return
+    raise _not_reached(next(t for t in targets if t.name not in reached))
+
+
+def _not_reached(target: Target) -> TargetError:
+    return TargetError(
+        f"layer {target.name!r} is not reached by the data, so nothing is known of its inputs; leave it out with "
+        f"exclude=[{target.name!r}]"
+    )
 
 
 def _columns(target: Target, weight: Tensor) -> Tensor:

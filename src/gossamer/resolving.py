@@ -107,7 +107,7 @@ def fixed_layers(sparsity: float | Mapping[str, float], layers: Iterable[str], c
 
 def _check_densities(masked: list[int], shapes: list[Shape], fraction: Fraction, context: Context) -> None:
     goal = count(fraction, sum(s.units for s in shapes))
-    good = isinstance(masked, list) and len(masked) == len(shapes)
+    good = isinstance(masked, list) and len(masked) == len(shapes) and all(isinstance(n, int) for n in masked)
     if not good or sum(masked) != goal or any(not 0 <= n <= s.units for n, s in zip(masked, shapes, strict=True)):
         raise ArgumentError(
             f"context '{context}' gives its layers {masked!r} units to mask, and they are to be {len(shapes)} whole "

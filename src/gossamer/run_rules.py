@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -93,9 +94,31 @@ def check_run_state(state: Any, keys: Collection[str], rules: Mapping[str, Any])
     for rule, here in rules.items():
         there = state["rules"].get(rule)
         if there != here:
+            told, there, here = _what_differs(rule, there, here)
             raise FileError(
-                f"run state of other rules: {rule} is {there!r} there and {here!r} here; make the run as that one was"
+                f"run state of other rules: {told} is {there!r} there and {here!r} here; make the run as that one was"
             )
+
+
+def _what_differs(rule: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """Of a method, which is more than fits on a line, the part."""
+    if rule != "method":
+        return rule, there, here
+    if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
+        return rule, _named(there), _named(here)
+    theirs, ours = cast("dict[str, Any]", there), cast("dict[str, Any]", here)
+    part = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    a: Any = theirs.get(part)
+    b: Any = ours.get(part)
+    if not (isinstance(a, list) and isinstance(b, list)):
+        return f"{part} of {rule}", a, b
+    pairs = zip_longest(cast("list[Any]", a), cast("list[Any]", b))
+    first, second = next((x, y) for x, y in pairs if x != y)
+    return f"one of the {part} of {rule}", first, second
+
+
+def _named(method: Any) -> Any:
+    return cast("dict[str, Any]", method).get("name") if isinstance(method, Mapping) else method
 
 
 def example_scores(criterion: Criterion) -> list[float] | None:

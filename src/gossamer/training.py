@@ -101,7 +101,7 @@ class SparseTraining:
         self.steps_done = 0
         self.progress = 0.0
         self._floor = 0.0
-        self._warned = False
+        self._warned = self._warned_thin = False
         self._exchanged: dict[str, Tensor] = {}  # masks that the coming step's exchange ends at
         self._has_looked = False
         self._optimizer: HasState | None = None
@@ -145,6 +145,7 @@ class SparseTraining:
         except BaseException:
             self.progress = before
             raise
+        self._warn_thin()
 
     @torch.no_grad()
     def before_step(self, position: float | None = None) -> None:
@@ -242,7 +243,15 @@ class SparseTraining:
         except BaseException:  # not all masks are there, so that the next move must not take them for moved
             self.progress = before
             raise
+        if changed:
+            self._warn_thin()
         return changed
+
+    def _warn_thin(self) -> None:
+        """Once, where the run first stands at its target."""
+        if self.at_target and not self._warned_thin:
+            self._warned_thin = True
+            self.sparsifier.warn_thin()
 
     @torch.no_grad()
     def hold(self, without: Collection[str] = ()) -> None:

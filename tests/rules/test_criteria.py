@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gossamer.errors import ArgumentError
-from gossamer.rules.criteria import CRITERIA, EVIDENCE, Criterion, as_criterion
+from gossamer.rules.criteria import CRITERIA, EVIDENCE, OF_DATA, OF_LOSS, Criterion, as_criterion
 
 #   weight now, at the beginning, when the masks last moved → score, worked out by hand
 W, W0, W1 = [-3.0, 0.5, 2.0, 0.0], [1.0, -0.5, 4.0, 2.0], [-2.0, 0.5, -1.0, 0.0]
@@ -177,3 +177,11 @@ def test_double_precision_is_kept():
 def test_scores_carry_no_gradient():
     weight = torch.ones(2, requires_grad=True)
     assert not as_criterion("large_final").score({"weight": weight}).requires_grad
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_says_what_has_to_be_given_for_it(name):
+    needs, said = set(CRITERIA[name].needs), CRITERIA[name].func.__doc__
+    assert ("Takes data" in said) == bool(needs & OF_DATA)
+    assert ("and a loss" in said) == bool(needs & OF_LOSS)
+    assert ("training steps" in said) == ("accumulated" in needs)

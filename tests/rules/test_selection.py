@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import plain
 from gossamer.errors import ArgumentError
 from gossamer.rules import selection
+from gossamer.rules.budget import pooled_counts
 from gossamer.rules.selection import Hint, exchange, grows, hint_after, nest, select, select_n_m, settle, survey, take
 
 # Few values make ties; the odd ones are where float comparison, sampling or arithmetic on brackets could go wrong.
@@ -221,6 +222,13 @@ def test_long_layers_that_compete_agree_with_one_sort_of_all():
         settle(part, result, candidates.lower)
         assert np.array_equal(np.sort(here), np.flatnonzero((keep & ~result).numpy()))
         start += len(part)
+
+
+def test_a_layer_of_lower_precision_loses_no_candidate_to_rounding():
+    few = torch.ones(10)  # lower than all others, by less than float32 can tell
+    many = 1 + 1e-13 * torch.arange(1, 90_001, dtype=torch.float64)
+    found = survey([few, many], [torch.ones(len(s), dtype=torch.bool) for s in (few, many)], 9_000)
+    assert pooled_counts(9_000, [c.n_settled for c in found], [c.scores for c in found])[0] == [10, 8_990]
 
 
 @pytest.mark.parametrize("n", [10, 100_000])

@@ -288,19 +288,27 @@ def updating_movmag(weight: Tensor, previous: Tensor) -> Tensor:
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """|w · ∂L/∂w|: to first order, the change of the loss if the weight goes (Molchanov et al. 2019,
     arXiv:1906.10771).
+
+    Takes data and a loss.
     """
     return (weight * gradient).abs_()
 
 
 @_elementwise
 def taylor_squared(weight: Tensor, gradient: Tensor) -> Tensor:
-    """(w · ∂L/∂w)²: as `taylor` for single weights; over a unit, the paper's sum of squares (Molchanov et al. 2019)."""
+    """(w · ∂L/∂w)²: as `taylor` for single weights; over a unit, the paper's sum of squares (Molchanov et al. 2019).
+
+    Takes data and a loss.
+    """
     return (weight * gradient).square_()
 
 
 @_elementwise
 def snip(weight: Tensor, gradient: Tensor) -> Tensor:
-    """|w · ∂L/∂w| before training, global, with `schedule='constant'` (SNIP, Lee et al. 2019, arXiv:1810.02340)."""
+    """|w · ∂L/∂w| before training, global, with `schedule='constant'` (SNIP, Lee et al. 2019, arXiv:1810.02340).
+
+    Takes data and a loss.
+    """
     return (weight * gradient).abs_()
 
 
@@ -308,6 +316,8 @@ def snip(weight: Tensor, gradient: Tensor) -> Tensor:
 def grasp(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
     """w · (H·g): keep what the gradient's flow rests on (GraSP, Wang et al. 2020, arXiv:2002.07376; its S with the
     sign turned).
+
+    Takes data and a loss.
     """
     return weight * hessian_gradient
 
@@ -316,13 +326,18 @@ def grasp(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
 def synflow(weight: Tensor, flow: Tensor) -> Tensor:
     """|w| · ∂R/∂|w|: the synaptic flow through a weight, of ones through magnitudes (SynFlow, Tanaka et al. 2020,
     arXiv:2006.05467).
+
+    Takes data, of which only the shape counts.
     """
     return weight.abs() * flow
 
 
 @_elementwise
 def fisher(weight: Tensor, gradient_squared: Tensor) -> Tensor:
-    """w² · E[(∂L/∂w)²] / 2: optimal brain damage with the empirical Fisher matrix's diagonal (LeCun et al. 1990)."""
+    """w² · E[(∂L/∂w)²] / 2: optimal brain damage with the empirical Fisher matrix's diagonal (LeCun et al. 1990).
+
+    Takes data and a loss.
+    """
     return weight.square().mul_(gradient_squared).mul_(0.5)
 
 
@@ -330,6 +345,8 @@ def fisher(weight: Tensor, gradient_squared: Tensor) -> Tensor:
 def sanh_movement(accumulated: Tensor) -> Tensor:
     """-Σ w · ∂L/∂w over the steps: keep weights that training moves away from zero (movement pruning, Sanh et al.
     2020, arXiv:2005.07683).
+
+    Takes training steps.
     """
     return accumulated
 
@@ -338,17 +355,25 @@ def sanh_movement(accumulated: Tensor) -> Tensor:
 def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
     """|w| · ‖x‖₂: magnitude times the norm of its inputs, meant for context `'output'` (Wanda, Sun et al. 2024,
     arXiv:2306.11695).
+
+    Takes data.
     """
     return weight.abs() * input_norm
 
 
 @_elementwise
 def wanda_l1(weight: Tensor, input_mean: Tensor) -> Tensor:
-    """|w| · mean|x|: as `wanda`, with the mean magnitude of the inputs."""
+    """|w| · mean|x|: as `wanda`, with the mean magnitude of the inputs.
+
+    Takes data.
+    """
     return weight.abs() * input_mean
 
 
 @_elementwise
 def wanda_max(weight: Tensor, input_max: Tensor) -> Tensor:
-    """|w| · max|x|: as `wanda`, with the largest input."""
+    """|w| · max|x|: as `wanda`, with the largest input.
+
+    Takes data.
+    """
     return weight.abs() * input_max

@@ -323,7 +323,7 @@ def _scan_layer(found: _Found, scores: Scores, kept: Tensor | None, low: float, 
     for start in range(0, n, _CHUNK):
         part = slice(start, min(start + _CHUNK, n))
         values = scores[part].numpy()
-        inside = compare(values, values.dtype.type(high), out=buffer[: len(values)])
+        inside = compare(values, _no_lower(values.dtype, high), out=buffer[: len(values)])
         if keep is not None:
             inside &= keep[part]
         if low > -math.inf:
@@ -345,6 +345,12 @@ def _scan_layer(found: _Found, scores: Scores, kept: Tensor | None, low: float, 
     if found.n_inside <= most:
         at, values = np.concatenate(positions), np.concatenate(inside_scores)
         found.layers.append(Candidates(low, n_settled, torch.from_numpy(at), torch.from_numpy(values), high))
+
+
+def _no_lower(dtype: np.dtype, end: float) -> np.generic:
+    """A bracket's upper end in a layer's own dtype; rounded down, as float64 is to float32, it would leave some out."""
+    rounded = dtype.type(end)
+    return np.nextafter(rounded, dtype.type(math.inf)) if float(rounded) < end else rounded
 
 
 def _positions(flags: np.ndarray) -> np.ndarray:
