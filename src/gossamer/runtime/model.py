@@ -142,7 +142,7 @@ class CompiledModel(nn.Module):
         with torch.no_grad():
             try:
                 self._flat = (_flat(model, arguments, tune=tune),)
-                self.graph: nn.Module = _gathered(self._flat[0])
+                self.network: nn.Module = _gathered(self._flat[0])
             except NotCapturedError as error:
                 try:
                     model(*arguments)
@@ -154,10 +154,9 @@ class CompiledModel(nn.Module):
                     GossamerWarning,
                     stacklevel=4,
                 )
-                self.graph = replaced(model)
-        has_segment = any(isinstance(m, Segment) for m in self.graph.modules())
+                self.network = replaced(model)
         # Somebody else's network may be trained, or changed, after this.
-        self._is_as_it_was = is_ours and not has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
+        self._is_as_it_was = is_ours and not self._has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
 
     @classmethod
     def _of(cls, graph: GraphModule, examples: Sequence[Example]) -> CompiledModel:
@@ -165,10 +164,14 @@ class CompiledModel(nn.Module):
         nn.Module.__init__(self)
         self._prepare(None, examples)
         self._flat = (graph,)
-        self.graph = _gathered(graph)
+        self.network = _gathered(graph)
         return self
 
     is_compiled = True
+
+    @property
+    def _has_segment(self) -> bool:
+        return any(isinstance(m, Segment) for m in self.network.modules())
 
     def _prepare(self, model: nn.Module | None, examples: Sequence[Example]) -> None:
         # In tuples, so that they are no parts of this module.
@@ -242,10 +245,13 @@ class CompiledModel(nn.Module):
         Raises:
             ArgumentError: a network that was loaded does not take inputs of these shapes.
         """
+        run = self._run
+        if torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+            run = self._run_apart if self._has_segment and not torch.compiler.is_exporting() else self._run_plain
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self._run(args, kwargs)
-        return self._run(args, kwargs)
+                return run(args, kwargs)
+        return run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model = self._model[0]
@@ -257,26 +263,42 @@ class CompiledModel(nn.Module):
             return way(*args)
         if model is None:
             self._check(args, kwargs)
-            return self._remembered(kind, self.graph(*args))
+            return self._remembered(kind, self.network(*args))
         if self._flat[0] is None:  # the network's own code
-            return self.graph(*args, **kwargs)
+            return self.network(*args, **kwargs)
         if kwargs:
             args, kwargs = by_place(model, args, kwargs)
         key = key_of(args, kwargs) if self._graphs else None
         if (key is None or key not in self._graphs) and self._is_alike(args, kwargs):
             try:
-                result = self.graph(*args)
+                result = self.network(*args)
             except (AssertionError, TypeError, ValueError):
                 pass  # the capture's guards: these inputs are of another kind
             else:
                 return self._remembered(kind, result)
         return self._graph_for(key_of(args, kwargs), args, kwargs)(*args, **kwargs)
 
+    # What Dynamo would trace here is not the network, but calls of the compiled library.
+    _run_apart = torch.compiler.disable(
+        _run,
+        reason="a network that gossamer.runtime compiled runs in its own engine; leave fullgraph=True out, or compile "
+        'the network that it was made from with torch.compile(model, backend="gossamer")',
+    )
+
+    def _run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the network gives by PyTorch's own operators: a program of other compilers has no others."""
+        graph, model = self._flat[0], self._model[0]
+        if model is not None:
+            return model(*args, **kwargs)
+        assert graph is not None
+        self._check(args, kwargs)
+        return graph(*args)
+
     def _remembered(self, kind: Any, result: Any) -> Any:
         """What the graph gave. The next inputs of that kind are spared its guards."""
         if kind is not None:
             known = list(self._ways.values())  # at one go: another thread may add to it
-            way = known[0] if known else _way(self.graph)
+            way = known[0] if known else _way(self.network)
             if len(known) >= _KINDS:
                 self._ways.clear()
             if way is not None:
@@ -336,7 +358,7 @@ class CompiledModel(nn.Module):
         Returns:
             One row a layer or operator, in order.
         """
-        return rows_of(self.graph, args)
+        return rows_of(self.network, args)
 
 
 def _flat(
