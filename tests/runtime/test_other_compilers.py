@@ -53,7 +53,9 @@ def test_torch_export_takes_it(make: Callable[[], nn.Module], is_loaded: bool, s
     fast = runtime.compile(net, x)
     fast = runtime.load(fast.save(tmp_path / "net.gossamer")) if is_loaded else fast
     for again in (False, True):  # and after a call of these shapes, too
-        program = torch.export.export(fast, (x,), dynamic_shapes=(({0: Dim.AUTO, 2: Dim.AUTO},),), strict=strict).module()
+        program = torch.export.export(
+            fast, (x,), dynamic_shapes=(({0: Dim.AUTO, 2: Dim.AUTO},),), strict=strict
+        ).module()
         more = torch.randn(5, 3, 32, 24)
         with torch.no_grad():
             assert error(program(x), net(x)) < 1e-5

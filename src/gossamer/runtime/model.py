@@ -145,7 +145,8 @@ class CompiledModel(nn.Module):
                 self.network: nn.Module = _gathered(self._flat[0])
             except NotCapturedError as error:
                 try:
-                    model(*arguments)
+                    with torch.random.fork_rng(devices=[]):
+                        model(*arguments)
                 except Exception as wrong:
                     raise ArgumentError(f"the network does not run on the example inputs: {wrong}") from wrong
                 warnings.warn(
@@ -156,7 +157,9 @@ class CompiledModel(nn.Module):
                 )
                 self.network = replaced(model)
         # Somebody else's network may be trained, or changed, after this.
-        self._is_as_it_was = is_ours and not self._has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
+        self._is_as_it_was = (
+            is_ours and not self._has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
+        )
 
     @classmethod
     def _of(cls, graph: GraphModule, examples: Sequence[Example]) -> CompiledModel:
@@ -371,7 +374,8 @@ def _flat(
                 module.is_sparse = runs_sparse(module)
     else:
         before = [(tensor, tensor.clone()) for tensor in written(graph)]
-        choose(graph, args, tune=tune)  # calls it a few times, which nobody is to notice
+        with torch.random.fork_rng(devices=[]):
+            choose(graph, args, tune=tune)  # calls it a few times, which nobody is to notice
         for tensor, value in before:
             tensor.copy_(value)
     return graph
