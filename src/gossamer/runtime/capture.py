@@ -60,8 +60,8 @@ def _reason(error: Exception) -> str:
         return first_line(error)
     name = unknown[1].rpartition(".")[2]
     return (
-        f"its output is of the class {name}, which torch.export does not know: let it give tensors and numbers, in tuples, "
-        f"lists or dicts; or, where it is a dataclass, call torch.export.register_dataclass({name}) before"
+        f"its output is of the class {name}, which torch.export does not know: let it give tensors and numbers, in "
+        f"tuples, lists or dicts; or, where it is a dataclass, call torch.export.register_dataclass({name}) before"
     )
 
 

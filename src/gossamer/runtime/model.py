@@ -248,7 +248,7 @@ class CompiledModel(nn.Module):
         Raises:
             ArgumentError: a network that was loaded does not take inputs of these shapes.
         """
-        run = self._run
+        run: Any = self._run
         if torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             run = self._run_apart if self._has_segment and not torch.compiler.is_exporting() else self._run_plain
         if torch.is_grad_enabled():
@@ -282,7 +282,7 @@ class CompiledModel(nn.Module):
         return self._graph_for(key_of(args, kwargs), args, kwargs)(*args, **kwargs)
 
     # What Dynamo would trace here is not the network, but calls of the compiled library.
-    _run_apart = torch.compiler.disable(
+    _run_apart: Any = torch.compiler.disable(
         _run,
         reason="a network that gossamer.runtime compiled runs in its own engine; leave fullgraph=True out, or compile "
         'the network that it was made from with torch.compile(model, backend="gossamer")',

@@ -281,8 +281,8 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return {name: str(value).removeprefix("torch.")}
     raise StateError(
-        f"the network gives, or has as a constant, a {type(value).__name__}, which no file can hold; let it give tensors and "
-        "numbers, in tuples, lists or dicts"
+        f"the network gives, or has as a constant, a {type(value).__name__}, which no file can hold; let it give "
+        "tensors and numbers, in tuples, lists or dicts"
     )
 
 

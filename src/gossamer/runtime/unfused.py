@@ -26,7 +26,7 @@ def own(model: nn.Module) -> nn.Module:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy of what PyTorch knows of a network, and of whatever else can be copied; the rest, such as a lock, is shared."""
+    """A copy of a network, of which whatever cannot be copied, such as a lock, is shared."""
     twins: dict[int, Any] = {}  # by what they are twins of, as deepcopy keeps them
     kept: list[Any] = []  # whose places in memory no other object may take while this lasts
     for tensor in (*model.parameters(), *model.buffers()):
