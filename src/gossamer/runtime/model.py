@@ -21,7 +21,7 @@ from gossamer.runtime.capture import NotCapturedError, capture, copied, is_stead
 from gossamer.runtime.choice import choose, runs_sparse
 from gossamer.runtime.direct import direct
 from gossamer.runtime.explain import PlanRow, rows_of, table_of
-from gossamer.runtime.inputs import by_place, key_of, kind_of
+from gossamer.runtime.inputs import arguments_of, by_place, key_of, kind_of
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.saved import Example, read, write
 from gossamer.runtime.segment import Segment, gather
@@ -44,7 +44,7 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
 
     Args:
         model: in eval mode, float32, on the CPU. It is not changed; a copy is kept, so later changes are not seen.
-        example_inputs: a tensor, or a tuple of the arguments; batch and image sizes may change later.
+        example_inputs: a tensor, a tuple of the arguments, or a dict of them by name; batch and image sizes may change.
         tune: whether each layer is tried both ways, sparse and dense, on this machine. By default a model of what each
             takes decides, which other work on the machine cannot mislead. `save` keeps what was found.
 
@@ -79,7 +79,7 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
         raise ArgumentError(f"the network is on {elsewhere}, and this is for a CPU; give model.cpu()")
     if native() is None:
         _say_once_that_nothing_is_compiled()
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    arguments = arguments_of(model, example_inputs)
     kept = own(model)
     return CompiledModel(kept, arguments, tune=tune, is_ours=kept is not model)
 
