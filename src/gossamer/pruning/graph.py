@@ -128,9 +128,9 @@ def find_groups(model: nn.Module, inputs: Sequence[Any]) -> list[Group]:
             groups = _Reader(twin, graph).groups()
     except Exception as error:  # user's forward and somebody else's tracer
         raise ArgumentError(
-            f"the channels of {type(model).__name__} cannot be followed ({type(error).__name__}: {first_line(error)}), as "
-            "where a view shuffles them; prune parts that have none of that inside one by one, such as a branch of a block, "
-            "each with inputs of its own"
+            f"the channels of {type(model).__name__} cannot be followed ({type(error).__name__}: {first_line(error)}), "
+            "as where a view shuffles them; prune parts that have none of that inside one by one, such as a branch of "
+            "a block, each with inputs of its own"
         ) from error
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(groups, key=lambda g: order.get(g.name, len(order)))

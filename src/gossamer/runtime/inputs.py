@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 from gossamer.errors import ArgumentError
@@ -74,3 +75,19 @@ def by_place(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Arguments in the order of the network's own, as far as they go without a gap; the others by name."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     return bound.args, bound.kwargs
+
+
+def placed(graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments in the order of a graph's inputs, which have the names that the network had for them.
+
+    Raises:
+        ArgumentError: too few, too many, or one of another name.
+    """
+    names = [str(n.target) for n in graph.graph.nodes if n.op == "placeholder"]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) + len(kwargs) != len(names) or set(given) != set(names):
+        got = ", ".join([f"{len(args)} by place", *kwargs])
+        raise ArgumentError(
+            f"the network takes {len(names)} inputs, by place or by name: {', '.join(names)}; got {got}"
+        )
+    return tuple(given[name] for name in names)

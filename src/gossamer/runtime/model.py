@@ -21,7 +21,7 @@ from gossamer.runtime.capture import NotCapturedError, capture, copied, is_stead
 from gossamer.runtime.choice import choose, runs_sparse
 from gossamer.runtime.direct import direct
 from gossamer.runtime.explain import PlanRow, rows_of, table_of
-from gossamer.runtime.inputs import arguments_of, by_place, key_of, kind_of
+from gossamer.runtime.inputs import arguments_of, by_place, key_of, kind_of, placed
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.saved import Example, read, write
 from gossamer.runtime.segment import Segment, gather
@@ -265,7 +265,7 @@ class CompiledModel(nn.Module):
         if way is not None:
             return way(*args)
         if model is None:
-            self._check(args, kwargs)
+            args = self._checked(args, kwargs)
             return self._remembered(kind, self.network(*args))
         if self._flat[0] is None:  # the network's own code
             return self.network(*args, **kwargs)
@@ -294,8 +294,7 @@ class CompiledModel(nn.Module):
         if model is not None:
             return model(*args, **kwargs)
         assert graph is not None
-        self._check(args, kwargs)
-        return graph(*args)
+        return graph(*self._checked(args, kwargs))
 
     def _remembered(self, kind: Any, result: Any) -> Any:
         """What the graph gave. The next inputs of that kind are spared its guards."""
@@ -324,17 +323,17 @@ class CompiledModel(nn.Module):
             self._is_as_it_was = False
         return self
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs or len(args) != len(self._examples):
-            raise ArgumentError(
-                f"the network takes {len(self._examples)} inputs, by place; got {len(args) + len(kwargs)}"
-            )
+    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        graph = self._flat[0]
+        if graph is not None and (kwargs or len(args) != len(self._examples)):
+            args = placed(graph, args, kwargs)
         for i, (given, example) in enumerate(zip(args, self._examples, strict=True)):
             if not example.fits(given):
                 got = tuple(given.shape) if isinstance(given, Tensor) else repr(given)
                 raise ArgumentError(
                     f"input {i} is {got}, and the file was made for {example}; compile it anew for this"
                 )
+        return args
 
     def _graph_for(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
         graph, model = self._graphs.get(key), self._model[0]
