@@ -89,6 +89,23 @@ def test_bad_usage_exits_with_two(arguments: list[str], capsys: pytest.CaptureFi
     assert "usage: gossamer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--rounds", "x", "n"], "--rounds: 'x' is no whole number; give one such as 5"),
+        (["bench", "--threads", "1.5", "n"], "--threads: '1.5' is no whole number"),
+        (["bench", "--rounds", "0", "n"], "--rounds: 0 is less than 1; give a whole number from 1 on"),
+        (["demo", "--epochs", "x"], "--epochs: 'x' is no whole number"),
+        (["demo", "--seed", "x"], "--seed: 'x' is no whole number"),
+        (["demo", "--sparsity", "half"], "--sparsity: 'half' is no number; give a percentage from 0 to 100"),
+    ],
+)
+def test_options_say_what_they_take(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert words in capsys.readouterr().err
+
+
 def test_help_and_version_need_no_fastai() -> None:
     code = (
         "import sys; from gossamer.cli import main\n"

@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from gossamer import ArgumentError, Sparsifier, StateError, export
+from gossamer import ArgumentError, Sparsifier, StateError, export, runtime
 from gossamer.export import export_onnx
 from gossamer.outputs import difference
 
@@ -63,6 +63,56 @@ def test_zeros_are_written_as_zeros(tmp_path: Path) -> None:
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     done = export_onnx(Two().eval(), (torch.tensor([[1, 2]]), torch.randn(1, 2, 4)), tmp_path / "two.onnx")
+    assert done.difference is not None
+    assert done.difference < 1e-5
+
+
+class Named(Two):
+    """Arguments that are mostly given by name."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, shift: Tensor | None = None, *, factor: Any = 1) -> Any:
+        y = self.linear(self.words(ids)) * factor
+        y = y if mask is None else y * mask[..., None]
+        return {"y": y if shift is None else y + shift[..., None], "none": None}
+
+
+class Batch(Two):
+    def forward(self, batch: Any, more: Any = None) -> Tensor:
+        return self.words(batch["ids"]) * batch["mask"][..., None] + sum(more or [torch.zeros(1)])[..., None]
+
+
+IDS, MASK = torch.tensor([[1, 2, 3]]), torch.rand(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("net", "examples", "names"),
+    [
+        (Named(), {"mask": MASK, "ids": IDS}, ["ids", "mask"]),
+        (Named(), {"shift": MASK, "ids": IDS}, ["ids", "shift"]),
+        (Batch(), ({"ids": IDS, "mask": MASK},), ["batch_ids", "batch_mask"]),
+        (Batch(), ({"ids": IDS, "mask": MASK}, [MASK, MASK]), ["batch_ids", "batch_mask", "more_0", "more_1"]),
+    ],
+)
+def test_arguments_by_name_and_tensors_in_dicts(
+    net: nn.Module, examples: Any, names: list[str], tmp_path: Path
+) -> None:
+    done = export_onnx(net.eval(), examples, tmp_path / "net.onnx")
+    assert [i.name for i in onnx.load(str(done.path)).graph.input] == names
+    assert done.batch
+    assert done.difference is not None
+    assert done.difference < 1e-5
+
+
+def test_an_argument_by_name_alone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"Named\.forward takes factor by name alone"):
+        export_onnx(Named().eval(), {"ids": IDS, "factor": MASK}, tmp_path / "net.onnx")
+
+
+def test_a_compiled_network_is_written_as_its_reference(tmp_path: Path) -> None:
+    fast = runtime.compile(Named().eval(), {"ids": IDS, "mask": MASK})
+    with torch.no_grad():
+        assert fast(ids=IDS, mask=MASK)["y"].shape == (1, 3, 4)
+    done = export_onnx(fast, (IDS, MASK), tmp_path / "net.onnx")
     assert done.difference is not None
     assert done.difference < 1e-5
 

@@ -21,6 +21,7 @@ number = 5
 def plain(): return nn.Linear(4, 2).train()
 def with_input(): return nn.Linear(4, 2), torch.ones(3, 4)
 def with_inputs(): return nn.Bilinear(4, 5, 2), (torch.arange(4.0).view(1, 4), torch.zeros(1, 5))
+def by_name(): return nn.Bilinear(4, 5, 2), {"input2": torch.zeros(1, 5), "input1": torch.ones(1, 4)}
 def needs(width): return nn.Linear(width, 2)
 def fails(): raise RuntimeError("no weights here")
 class inner:
@@ -53,6 +54,7 @@ def test_a_factory_a_network_and_what_is_inside_another() -> None:
 def test_example_inputs_come_with_it_and_keep_their_values_in_another_shape() -> None:
     assert network_from("my_networks:with_input").examples[0].equal(torch.ones(3, 4))
     assert network_from("my_networks:with_input", ["5,4"]).examples[0].equal(torch.ones(5, 4))
+    assert [e.shape[1] for e in network_from("my_networks:by_name").examples] == [4, 5]
     first, second = network_from("my_networks:with_inputs", ["2,4", "2,5"]).examples
     assert first.tolist() == [[0, 1, 2, 3]] * 2
     assert second.shape == (2, 5)

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--epochs", type=_positive, default=5, help="epochs of each training (default 5)")
     demo.add_argument("--sparsity", type=_number, default=50, help="percent of the weights to set to zero (default 50)")
-    demo.add_argument("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
+    demo.add_argument("--seed", type=_whole, default=0, help="of the weights and the order of the images (default 0)")
     demo.add_argument("--out", default="demo-output", metavar="FOLDER", help="where results go (default demo-output)")
     size = commands.add_parser(
         "size",
@@ -106,14 +106,23 @@ def _add_network(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if _whole(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1; give a whole number from 1 on")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one such as 5") from None
 
 
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; give a percentage from 0 to 100") from None
     return int(value) if value.is_integer() else value  # so that 50 is printed as 50
 
 

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gossamer.errors import ArgumentError, StateError, first_line
 from gossamer.outputs import difference
+from gossamer.runtime import CompiledModel
+from gossamer.runtime.inputs import arguments_of
 
 _ONE_FILE = 2**31 - 2**24  # bytes of weights; protobuf's messages end at 2 GiB, and larger ones lie in a second file
 _OFF = 1e-3  # beyond this, relative to the largest output, it is another network
@@ -53,8 +56,9 @@ def export_onnx(
     The file is written whole or not at all, and not if onnxruntime computes something else.
 
     Args:
-        model: in eval mode, on the CPU.
-        example_inputs: a tensor, or a tuple of the arguments.
+        model: in eval mode, on the CPU; or compiled.
+        example_inputs: a tensor, or a tuple of the arguments, or a dict of arguments by their names. Tensors may lie in
+            lists and dicts.
         path: the file, such as 'model.onnx'.
         batch: lets the first axis of all inputs vary, where the network allows it.
         check: whether to compare.
@@ -72,12 +76,14 @@ def export_onnx(
         >>> done.batch, done.difference < 1e-5
         (True, True)
     """
+    if isinstance(model, CompiledModel):
+        model = model.reference()
     missing = [name for name in ("onnx", "onnxscript") if not _is_installed(name)]
     if missing:
         raise ArgumentError(f"writing ONNX needs {' and '.join(missing)}; install with: pip install onnx onnxscript")
     if model.training and not isinstance(model, GraphModule):  # a captured graph keeps the flag, and is what it is
         raise ArgumentError("the network is in training mode; export model.eval()")
-    path, args = Path(path), example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    path, args = Path(path), arguments_of(model, example_inputs)
     if path.is_dir() or not path.parent.is_dir():
         raise ArgumentError(
             f"{str(path)!r} is no place for a file; give one such as 'model.onnx', in a folder that is there"
@@ -112,12 +118,14 @@ def _write(model: nn.Module, args: tuple[Any, ...], path: Path, batch: bool) -> 
     failed: Exception | None = None
     for varies in (True, False) if batch else (False,):
         given = with_batch(args, 2) if varies else args
-        shapes = tuple({0: Dim.AUTO} if isinstance(a, Tensor) and a.ndim else None for a in given) if varies else None
+        shapes = (
+            tree_map(lambda a: {0: Dim.AUTO} if isinstance(a, Tensor) and a.ndim else None, given) if varies else None
+        )
         try:
             with hushed():
                 torch.onnx.export(
                     model,
-                    given,
+                    (*given, {}) if given and isinstance(given[-1], dict) else given,  # a last dict names arguments
                     path,
                     dynamo=True,
                     dynamic_shapes=shapes,
@@ -151,7 +159,7 @@ def _difference(model: nn.Module, args: tuple[Any, ...], path: Path, varies: boo
         ) from error
     worst = 0.0
     for given in (args, with_batch(args, 3)) if varies else (args,):
-        tensors = [a for a in given if isinstance(a, Tensor)]
+        tensors = [a for a in tree_leaves(given) if isinstance(a, Tensor)]
         got = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)})
         worst = max(worst, difference(got, model(*given)))
     return worst
@@ -164,7 +172,9 @@ def with_batch(args: Sequence[Any], batch: int) -> tuple[Any, ...]:
         >>> with_batch((torch.tensor([[1], [2]]), 5), 3)
         (tensor([[1], [2], [1]]), 5)
     """
-    return tuple(a[torch.arange(batch) % len(a)] if isinstance(a, Tensor) and a.ndim and len(a) else a for a in args)
+    return tree_map(
+        lambda a: a[torch.arange(batch) % len(a)] if isinstance(a, Tensor) and a.ndim and len(a) else a, tuple(args)
+    )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gossamer import runtime
 from gossamer.errors import ArgumentError, closest, first_line
 from gossamer.runtime import CompiledModel
+from gossamer.runtime.inputs import arguments_of
 
 _FACTORY = re.compile(r"[\w.]+:[\w.]+")
 
@@ -44,7 +45,7 @@ def network_from(text: str, shapes: Sequence[str] = ()) -> Source:
 
     Args:
         text: a file that `fast.save(path)` wrote; or 'module:factory', imported from the working directory, which gives
-            a module, or a module and example inputs.
+            a module, or a module and example inputs: a tensor, several, or a dict by the names of its arguments.
         shapes: of the inputs, such as '1,3,224,224', one an input; needed where there are no example inputs.
 
     Returns:
@@ -75,7 +76,7 @@ def network_from(text: str, shapes: Sequence[str] = ()) -> Source:
     given: tuple[Any, ...] = ()
     if isinstance(made, tuple | list) and len(made) == 2:
         made, inputs = made
-        given = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        given = tuple(inputs) if isinstance(inputs, list) else arguments_of(made, inputs)
     if not isinstance(made, nn.Module):
         hint = "; give its .model" if hasattr(made, "model") else ""
         raise ArgumentError(

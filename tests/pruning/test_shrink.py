@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import networks
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer import ArgumentError, Sparsifier, StateError, shrink, shrink_report
 from gossamer.pruning.report import count_params
@@ -265,3 +266,34 @@ def test_bad_input_is_refused(call, message):
     with pytest.raises((ArgumentError, StateError), match=message):
         call(model, batch)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+class Shuffles(nn.Module):
+    """Channels that a view shuffles, which torch-pruning does not follow: ShuffleNetV2's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, groups=24)
+        self.branch = nn.Sequential(nn.Conv2d(48, 8, 1), nn.ReLU(), nn.Conv2d(8, 24, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        x = torch.cat([self.two(x), x[:, :, 1:-1, 1:-1]], 1)
+        n, c, h, w = x.shape
+        return self.branch(x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w))
+
+
+def test_channels_that_cannot_be_followed_name_a_way_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Shuffles().eval()
+    with torch.no_grad():
+        net.branch[0].weight[:3] = 0
+        net.branch[0].bias[:3] = 0
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch_pruning.DependencyGraph.build_dependency", fails)
+        with pytest.raises(ArgumentError, match=r"division by zero\), as where a view shuffles them; prune parts"):
+            shrink(net, torch.randn(1, 3, 8, 8))
+    assert shrink(net.branch, torch.randn(1, 48, 6, 6))[0].out_channels == 5

@@ -304,7 +304,7 @@ def test_who_only_looks_at_what_is_computed_sees_pytorch() -> None:
     net = sparse(nn.Sequential(nn.Conv2d(3, 8, 3)))
     fast, some = runtime.compile(net, image(8)), torch.randn(4, 1, 3, 8, 8)
     with torch.no_grad():
-        assert error(torch.vmap(fast.graph)(some), torch.vmap(net)(some)) < 1e-5
+        assert error(torch.vmap(fast.network)(some), torch.vmap(net)(some)) < 1e-5
 
 
 @pytest.mark.skipif(native() is None or not sys.platform.startswith("linux"), reason="the compiled library's threads")

@@ -57,7 +57,7 @@ def test_networks_give_what_they_gave(name: str, monkeypatch: pytest.MonkeyPatch
             assert all(zlib.crc32(t.numpy().data) == before[n] for n, t in model.state_dict().items())
             rows = fast.explain()
             assert not any("batch_norm" in row.op for row in rows)
-            if isinstance(fast.graph, GraphModule):  # fastai's U-Net has hooks, and runs layer by layer
+            if isinstance(fast.network, GraphModule):  # fastai's U-Net has hooks, and runs layer by layer
                 assert sum(row.op.startswith("conv2d") for row in rows) == convs
             is_sparse = any(row.runs == "sparse" for row in rows)
             if sparsity != 50:  # where it is faster so

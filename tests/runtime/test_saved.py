@@ -134,8 +134,23 @@ def test_inputs_that_the_file_was_not_made_for_are_named(tmp_path: Path) -> None
     assert torch.equal(fast(torch.ones(5, 3, 7)), torch.full((5, 3), 14.0))
     with pytest.raises(ArgumentError, match=r"input 0 is \(2, 5, 4\), and the file was made for \(any, 3, any\)"):
         fast(torch.ones(2, 5, 4))
-    with pytest.raises(ArgumentError, match="takes 1 inputs, by place; got 2"):
+    with pytest.raises(ArgumentError, match="takes 1 inputs, by place or by name: x; got 2 by place"):
         fast(torch.ones(2, 3, 4), torch.ones(1))
+
+
+def test_a_loaded_network_is_called_by_the_names_that_the_network_had(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return input_ids * 2 - attention_mask
+
+    ids, mask = torch.arange(6).view(2, 3), torch.ones(2, 3)
+    fast = runtime.load(runtime.compile(Named().eval(), (ids, mask)).save(tmp_path / "named.gossamer"))
+    want = ids * 2 - mask
+    assert torch.equal(fast(attention_mask=mask, input_ids=ids), want)
+    assert torch.equal(fast(ids, attention_mask=mask), want)
+    for args, kwargs in (((), {"input_ids": ids}), ((ids,), {"mask": mask}), ((ids, mask), {"input_ids": ids})):
+        with pytest.raises(ArgumentError, match="by place or by name: input_ids, attention_mask; got"):
+            fast(*args, **kwargs)
 
 
 def test_a_network_without_a_graph_cannot_be_saved(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from gossamer.bench.machine import cores, load, machine, version
 from gossamer.errors import ArgumentError, closest, first_line
 from gossamer.outputs import difference
 from gossamer.runtime import CompiledModel
+from gossamer.runtime.inputs import arguments_of
 
 _OFF = 1e-3  # beyond this, relative to the largest output, it is no time of the same network
 
@@ -119,7 +120,8 @@ def compare(
 
     Args:
         model: in eval mode, on the CPU; or one that is compiled.
-        example_inputs: a tensor, or a tuple of the arguments.
+        example_inputs: a tensor, or a tuple of the arguments; where the network is not compiled, also a dict of them,
+            by name.
         engines: names out of `ENGINES`, in the order of the rows; by default all but those in int8. 'eager' and
             'gossamer' are always there.
         threads: of each engine; by default as many as torch uses.
@@ -145,7 +147,7 @@ def compare(
     names = [*(["eager"] if "eager" not in names else []), *names, *(["gossamer"] if "gossamer" not in names else [])]
     if rounds < 1 or (threads is not None and threads < 1):
         raise ArgumentError(f"rounds={rounds}, threads={threads}: each must be at least 1")
-    examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    examples = arguments_of(model, example_inputs)
     busy = load()
     with _threads(threads), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         say("compiling")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gossamer.bench.machine import is_installed, version
 from gossamer.errors import StateError
@@ -41,7 +42,7 @@ class Job:
     @property
     def tensors(self) -> list[Tensor]:
         """The arguments that are tensors: an ONNX file's inputs."""
-        return [e for e in self.examples if isinstance(e, Tensor)]
+        return [e for e in tree_leaves(self.examples) if isinstance(e, Tensor)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gossamer.errors import ArgumentError
+from gossamer.errors import ArgumentError, first_line
 from gossamer.pruning.attention import head_count, heads_of
 from gossamer.pruning.inputs import tensors_in, twin_of
 
@@ -128,8 +128,9 @@ def find_groups(model: nn.Module, inputs: Sequence[Any]) -> list[Group]:
             groups = _Reader(twin, graph).groups()
     except Exception as error:  # user's forward and somebody else's tracer
         raise ArgumentError(
-            f"the channels of {type(model).__name__} cannot be followed ({type(error).__name__}: {error}); give "
-            "example_inputs that it takes, or prune a part of it"
+            f"the channels of {type(model).__name__} cannot be followed ({type(error).__name__}: {first_line(error)}), "
+            "as where a view shuffles them; prune parts that have none of that inside one by one, such as a branch of "
+            "a block, each with inputs of its own"
         ) from error
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(groups, key=lambda g: order.get(g.name, len(order)))

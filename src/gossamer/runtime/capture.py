@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import Graph, GraphModule, Node
 
+from gossamer.errors import first_line
 from gossamer.runtime.fusion import fuse
 
 
@@ -42,11 +44,25 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
             )
             graph: Any = program.run_decompositions({}).module()
         except Exception as error:  # anything at all, from anywhere in PyTorch or the network
-            failed = str(error).splitlines()[0] if str(error) else type(error).__name__
+            failed = _reason(error)
         else:
             fuse(graph)
             return graph
     raise NotCapturedError(failed)
+
+
+_UNKNOWN = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
+
+
+def _reason(error: Exception) -> str:
+    unknown = _UNKNOWN.match(str(error))
+    if unknown is None:
+        return first_line(error)
+    name = unknown[1].rpartition(".")[2]
+    return (
+        f"its output is of the class {name}, which torch.export does not know: let it give tensors and numbers, in "
+        f"tuples, lists or dicts; or, where it is a dataclass, call torch.export.register_dataclass({name}) before"
+    )
 
 
 def written(graph: GraphModule) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from gossamer.runtime.activations import ACTIVATIONS
 from gossamer.runtime.layers import Layer
+from gossamer.runtime.planes import Add
 
 
 def direct(graph: GraphModule) -> GraphModule | None:
@@ -57,15 +59,60 @@ def _is_usual(spec: TreeSpec) -> bool:
     return spec.type in (tuple, list, dict) and is_written and all(_is_usual(s) for s in spec.children())
 
 
-def _copied(graph: GraphModule, new: Graph, node: Node, values: dict[Node, Any], root: dict[str, Any]) -> Node:
+def _copied(graph: GraphModule, new: Graph, node: Node, values: dict[Node, Any], root: dict[str, Any]) -> Any:
+    if node.op == "call_function":
+        return _simpler(new, node, values)
     if node.op not in ("call_module", "get_attr"):
         return new.node_copy(node, values.__getitem__)
     target = str(node.target)
     value = operator.attrgetter(target)(graph)
+    inputs = [values[a] for a in node.args if isinstance(a, Node)]
     if isinstance(value, Layer):
-        return _inlined(new, value, [values[a] for a in node.args if isinstance(a, Node)], root)
+        return _inlined(new, value, inputs, root)
+    if isinstance(value, Add):
+        is_ours = len(inputs) == 2 or _is_fresh(node.args[0])
+        total = new.call_function(operator.add, tuple(inputs)) if len(inputs) == 2 else inputs[0]
+        return _activated(new, value.activation, total, is_ours=is_ours)
     root[target] = value
     return new.node_copy(node, values.__getitem__)
+
+
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+def _simpler(new: Graph, node: Node, values: dict[Node, Any]) -> Any:
+    """A BatchNorm as networks call it, which is faster than what a capture makes of it; anything else as it is."""
+    if node.target is _NORM and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users):
+        x, weight, bias, mean, variance, momentum, eps = map_arg(node.args, values.__getitem__)
+        return (new.call_function(F.batch_norm, (x, mean, variance, weight, bias, False, momentum, eps)),)
+    of = values.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+    if isinstance(of, tuple):
+        return of[0]
+    return new.node_copy(node, values.__getitem__)
+
+
+def _is_fresh(node: Any) -> bool:
+    """Whether nobody else has, or wants, what a node gives: the result of a BatchNorm."""
+    return (
+        isinstance(node, Node)
+        and node.target is operator.getitem
+        and isinstance(node.args[0], Node)
+        and node.args[0].target is _NORM
+        and len(node.users) == 1
+        and len(node.args[0].users) == 1
+    )
+
+
+_IN_PLACE = ("relu", "relu6", "silu", "hardswish", "hardsigmoid")
+
+
+def _activated(new: Graph, activation: str, y: Node, *, is_ours: bool = True) -> Node:
+    if activation == "none":
+        return y
+    # Into new memory a function takes twice as long.
+    return new.call_function(
+        ACTIVATIONS[activation], (y,), {"inplace": True} if is_ours and activation in _IN_PLACE else {}
+    )
 
 
 def _inlined(new: Graph, layer: Layer, inputs: list[Node], root: dict[str, Any]) -> Node:
@@ -84,7 +131,6 @@ def _inlined(new: Graph, layer: Layer, inputs: list[Node], root: dict[str, Any])
     else:
         y = new.call_function(F.conv2d, (*parts, g.stride, g.padding, g.dilation, g.groups))
     if residual is not None and not layer.add_last:
-        y = new.call_function(operator.add, (y, residual))
-    if layer.activation != "none":
-        y = new.call_function(ACTIVATIONS[layer.activation], (y,))
-    return new.call_function(operator.add, (y, residual)) if residual is not None and layer.add_last else y
+        y = new.call_function(operator.iadd, (y, residual))
+    y = _activated(new, layer.activation, y)
+    return new.call_function(operator.iadd, (y, residual)) if residual is not None and layer.add_last else y

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from gossamer.native import native
 from gossamer.runtime.choice import GAIN, WORTH
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.segment import OPERATORS, Segment
@@ -47,18 +48,20 @@ def rows_of(graph: nn.Module, args: tuple[Any, ...]) -> list[PlanRow]:
     """One row a layer or operator, in order; with shares of the time where there are inputs."""
     if not isinstance(graph, GraphModule):
         segments = [(n, m) for n, m in graph.named_modules() if isinstance(m, Segment)]
-        return [_row(n.removesuffix(f".{LAYER}"), s.operator, None) for n, s in segments]
+        rows = [_row(n.removesuffix(f".{LAYER}"), s.operator, None) for n, s in segments]
+        return [_declined(row) for row in rows] if native() is None else rows
     shares, declined = _shares(graph, args) if args else ({}, set[str]())
-    rows: list[PlanRow] = []
+    rows = list[PlanRow]()
     for node in graph.graph.nodes:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Segment):
-            is_declined = node.name in declined
+            is_declined = node.name in declined or native() is None
             for name, operator in module.operators():
                 row = _row(name, operator, shares.get(name, 0.0) if args and not is_declined else None)
                 rows.append(_declined(row) if is_declined else row)
             if is_declined:
-                rows.append(PlanRow(node.name, "all of these", "torch", "by PyTorch", None, shares[node.name]))
+                share = shares.get(node.name)
+                rows.append(PlanRow(node.name, "all of these", "torch", "by PyTorch", None, share))
             elif args:
                 around = sum(shares.get(n, 0.0) for n in (node.name, *module.copies()))
                 rows.append(PlanRow(node.name, "copies, and the call", "compiled", "between layouts", None, around))
@@ -116,6 +119,8 @@ def _row(name: str, module: nn.Module, share: float | None) -> PlanRow:
 
 def _declined(row: PlanRow) -> PlanRow:
     why = "for inputs like these: faster so, or no kernel" if row.sparsity is not None else row.why
+    if native() is None:
+        why = "Gossamer was installed without a C++ compiler"
     return replace(row, runs="dense" if row.sparsity is not None else "torch", why=why)
 
 

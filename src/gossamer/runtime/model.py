@@ -21,7 +21,7 @@ from gossamer.runtime.capture import NotCapturedError, capture, copied, is_stead
 from gossamer.runtime.choice import choose, runs_sparse
 from gossamer.runtime.direct import direct
 from gossamer.runtime.explain import PlanRow, rows_of, table_of
-from gossamer.runtime.inputs import by_place, key_of, kind_of
+from gossamer.runtime.inputs import arguments_of, by_place, key_of, kind_of, placed
 from gossamer.runtime.layers import Layer
 from gossamer.runtime.saved import Example, read, write
 from gossamer.runtime.segment import Segment, gather
@@ -44,7 +44,7 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
 
     Args:
         model: in eval mode, float32, on the CPU. It is not changed; a copy is kept, so later changes are not seen.
-        example_inputs: a tensor, or a tuple of the arguments; batch and image sizes may change later.
+        example_inputs: a tensor, a tuple of the arguments, or a dict of them by name; batch and image sizes may change.
         tune: whether each layer is tried both ways, sparse and dense, on this machine. By default a model of what each
             takes decides, which other work on the machine cannot mislead. `save` keeps what was found.
 
@@ -79,7 +79,7 @@ def compile(model: nn.Module, example_inputs: Any, *, tune: bool = False) -> Com
         raise ArgumentError(f"the network is on {elsewhere}, and this is for a CPU; give model.cpu()")
     if native() is None:
         _say_once_that_nothing_is_compiled()
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    arguments = arguments_of(model, example_inputs)
     kept = own(model)
     return CompiledModel(kept, arguments, tune=tune, is_ours=kept is not model)
 
@@ -142,10 +142,11 @@ class CompiledModel(nn.Module):
         with torch.no_grad():
             try:
                 self._flat = (_flat(model, arguments, tune=tune),)
-                self.graph: nn.Module = _gathered(self._flat[0])
+                self.network: nn.Module = _gathered(self._flat[0])
             except NotCapturedError as error:
                 try:
-                    model(*arguments)
+                    with torch.random.fork_rng(devices=[]):
+                        model(*arguments)
                 except Exception as wrong:
                     raise ArgumentError(f"the network does not run on the example inputs: {wrong}") from wrong
                 warnings.warn(
@@ -154,10 +155,11 @@ class CompiledModel(nn.Module):
                     GossamerWarning,
                     stacklevel=4,
                 )
-                self.graph = replaced(model)
-        has_segment = any(isinstance(m, Segment) for m in self.graph.modules())
+                self.network = replaced(model)
         # Somebody else's network may be trained, or changed, after this.
-        self._is_as_it_was = is_ours and not has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
+        self._is_as_it_was = (
+            is_ours and not self._has_segment and not any(isinstance(m, _BatchNorm) for m in model.modules())
+        )
 
     @classmethod
     def _of(cls, graph: GraphModule, examples: Sequence[Example]) -> CompiledModel:
@@ -165,10 +167,14 @@ class CompiledModel(nn.Module):
         nn.Module.__init__(self)
         self._prepare(None, examples)
         self._flat = (graph,)
-        self.graph = _gathered(graph)
+        self.network = _gathered(graph)
         return self
 
     is_compiled = True
+
+    @property
+    def _has_segment(self) -> bool:
+        return any(isinstance(m, Segment) for m in self.network.modules())
 
     def _prepare(self, model: nn.Module | None, examples: Sequence[Example]) -> None:
         # In tuples, so that they are no parts of this module.
@@ -242,10 +248,13 @@ class CompiledModel(nn.Module):
         Raises:
             ArgumentError: a network that was loaded does not take inputs of these shapes.
         """
+        run: Any = self._run
+        if torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
+            run = self._run_apart if self._has_segment and not torch.compiler.is_exporting() else self._run_plain
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self._run(args, kwargs)
-        return self._run(args, kwargs)
+                return run(args, kwargs)
+        return run(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model = self._model[0]
@@ -256,27 +265,42 @@ class CompiledModel(nn.Module):
         if way is not None:
             return way(*args)
         if model is None:
-            self._check(args, kwargs)
-            return self._remembered(kind, self.graph(*args))
+            args = self._checked(args, kwargs)
+            return self._remembered(kind, self.network(*args))
         if self._flat[0] is None:  # the network's own code
-            return self.graph(*args, **kwargs)
+            return self.network(*args, **kwargs)
         if kwargs:
             args, kwargs = by_place(model, args, kwargs)
         key = key_of(args, kwargs) if self._graphs else None
         if (key is None or key not in self._graphs) and self._is_alike(args, kwargs):
             try:
-                result = self.graph(*args)
+                result = self.network(*args)
             except (AssertionError, TypeError, ValueError):
                 pass  # the capture's guards: these inputs are of another kind
             else:
                 return self._remembered(kind, result)
         return self._graph_for(key_of(args, kwargs), args, kwargs)(*args, **kwargs)
 
+    # What Dynamo would trace here is not the network, but calls of the compiled library.
+    _run_apart: Any = torch.compiler.disable(
+        _run,
+        reason="a network that gossamer.runtime compiled runs in its own engine; leave fullgraph=True out, or compile "
+        'the network that it was made from with torch.compile(model, backend="gossamer")',
+    )
+
+    def _run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the network gives by PyTorch's own operators: a program of other compilers has no others."""
+        graph, model = self._flat[0], self._model[0]
+        if model is not None:
+            return model(*args, **kwargs)
+        assert graph is not None
+        return graph(*self._checked(args, kwargs))
+
     def _remembered(self, kind: Any, result: Any) -> Any:
         """What the graph gave. The next inputs of that kind are spared its guards."""
         if kind is not None:
             known = list(self._ways.values())  # at one go: another thread may add to it
-            way = known[0] if known else _way(self.graph)
+            way = known[0] if known else _way(self.network)
             if len(known) >= _KINDS:
                 self._ways.clear()
             if way is not None:
@@ -299,17 +323,17 @@ class CompiledModel(nn.Module):
             self._is_as_it_was = False
         return self
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs or len(args) != len(self._examples):
-            raise ArgumentError(
-                f"the network takes {len(self._examples)} inputs, by place; got {len(args) + len(kwargs)}"
-            )
+    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        graph = self._flat[0]
+        if graph is not None and (kwargs or len(args) != len(self._examples)):
+            args = placed(graph, args, kwargs)
         for i, (given, example) in enumerate(zip(args, self._examples, strict=True)):
             if not example.fits(given):
                 got = tuple(given.shape) if isinstance(given, Tensor) else repr(given)
                 raise ArgumentError(
                     f"input {i} is {got}, and the file was made for {example}; compile it anew for this"
                 )
+        return args
 
     def _graph_for(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
         graph, model = self._graphs.get(key), self._model[0]
@@ -336,7 +360,7 @@ class CompiledModel(nn.Module):
         Returns:
             One row a layer or operator, in order.
         """
-        return rows_of(self.graph, args)
+        return rows_of(self.network, args)
 
 
 def _flat(
@@ -349,7 +373,8 @@ def _flat(
                 module.is_sparse = runs_sparse(module)
     else:
         before = [(tensor, tensor.clone()) for tensor in written(graph)]
-        choose(graph, args, tune=tune)  # calls it a few times, which nobody is to notice
+        with torch.random.fork_rng(devices=[]):
+            choose(graph, args, tune=tune)  # calls it a few times, which nobody is to notice
         for tensor, value in before:
             tensor.copy_(value)
     return graph

@@ -280,7 +280,10 @@ def _plain(value: Any) -> Any:
     for kind, (name, _) in _NAMED.items():
         if isinstance(value, kind):
             return {name: str(value).removeprefix("torch.")}
-    raise StateError(f"the network has a constant of type {type(value).__name__}, which no file can hold")
+    raise StateError(
+        f"the network gives, or has as a constant, a {type(value).__name__}, which no file can hold; let it give "
+        "tensors and numbers, in tuples, lists or dicts"
+    )
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

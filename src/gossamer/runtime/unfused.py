@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +18,34 @@ from gossamer.runtime.segment import Segment
 
 
 def own(model: nn.Module) -> nn.Module:
-    """A copy, whose weights and mode nobody changes; the network itself where it cannot be copied."""
-    try:
-        return copy.deepcopy(model).requires_grad_(False)  # a trace takes no constants that want gradients
-    except Exception:  # anything at all, from anywhere in the network
-        return model
+    """A copy, whose weights and mode nobody changes; the network itself where nothing of it can be copied."""
+    for copied in (copy.deepcopy, _twin):
+        with contextlib.suppress(Exception):  # anything at all, from anywhere in the network
+            return copied(model).requires_grad_(False)  # a trace takes no constants that want gradients
+    return model
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of a network, of which whatever cannot be copied, such as a lock, is shared."""
+    twins: dict[int, Any] = {}  # by what they are twins of, as deepcopy keeps them
+    kept: list[Any] = []  # whose places in memory no other object may take while this lasts
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = tensor.detach().clone()
+        twins[id(tensor)] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+    for module in model.modules():
+        twins[id(module)] = module.__new__(type(module))
+    for module in model.modules():
+        state = twins[id(module)].__dict__
+        for name, value in module.__dict__.items():
+            memo = dict(twins)
+            try:
+                state[name] = copy.deepcopy(value, memo)
+            except Exception:
+                state[name] = value
+            else:
+                twins.update(memo)
+                kept.append(memo)
+    return twins[id(model)]
 
 
 def replaced(model: nn.Module) -> nn.Module:
