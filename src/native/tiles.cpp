@@ -15,8 +15,10 @@ struct Costs {
   explicit Costs(double of) : multiply(of) {}
   // Of a weight: its broadcast and its offset, and no less than a part of the sums' latency.
   double weight(int32_t t) const { return std::max(waiting(t), t * multiply + 2.0); }
-  // The same where what it meets comes from the second-level cache.
-  double far_weight(int32_t t) const { return std::max(waiting(t), 1.9 * t * multiply + 2.0); }
+  // The same where what it meets comes from the second-level cache, or beyond.
+  double far_weight(int32_t t, double bytes) const {
+    return std::max(waiting(t), (bytes < 0.8 * double(machine().l2) ? 1.9 : 2.8) * t * multiply + 2.0);
+  }
   // Where sums do not wait, weights do: those of a whole network pass through the second-level cache, once for each tile.
   static double waiting(int32_t t) { return ways_of(t) > 1 ? 3.5 : 4.5; }
   // Of a row of a block; with several parts, whose loops' ends are guessed wrong, and between which sums are shifted.
@@ -27,6 +29,13 @@ struct Costs {
 
 // What it costs to fetch a line that another core wrote.
 constexpr double FOREIGN = 25.0;
+
+// Each tile meets all weights, with their offsets. They come from beyond the second-level cache: the first time, since other
+// layers were there since, and each time where they do not fit it.
+double weights_read(double nonzero, int64_t tiles) {
+  const double bytes = nonzero * 6;
+  return bytes / 64 * 8.0 * (bytes > double(machine().l2) ? double(tiles) : 1.0);
+}
 
 // What threads that share tiles take: no thread should wait for the last, and each should find in its cache what it wrote
 // in the layer before, which it does where tiles alone are shared out.
@@ -87,7 +96,7 @@ Tile choose_tile(const GossamerPlan& p, const Phases& phases, int32_t isa, int32
             n_planes * block_rows * images * (3 + (s.sx > 1 ? 6.0 * v : 0.0)) +
             out * (50 + tile.rows * images * (10 + 12 * per_row));
         const int64_t tiles = int64_t(tile.across) * tile.down * up(p.images, images);
-        const double cost = shared(p, threads, cost_of_tile * double(tiles), tiles);
+        const double cost = shared(p, threads, cost_of_tile * double(tiles) + weights_read(nonzero, tiles), tiles);
         if (cost < best.cost) {
           tile.cost = cost;
           best = tile;
@@ -122,8 +131,9 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t
         const double block = cached ? std::max(1.0, std::floor(double(machine().l1) / bytes)) : n_planes;
         const double blocks = std::ceil(n_planes / block), met = std::min(out * blocks, nonzero + out);
         if (!cached && n_planes * bytes <= double(machine().l1)) continue;
-        const double weight = cached ? costs.weight(int32_t(t)) : costs.far_weight(int32_t(t));
-        const double alone = double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
+        const double weight = cached ? costs.weight(int32_t(t)) : costs.far_weight(int32_t(t), n_planes * bytes);
+        const double alone = weights_read(nonzero, tiles) +
+                             double(tiles) * (nonzero * weight + met * costs.row(int32_t(t), 1) +
                                              std::max(0.0, met - out) * costs.sums(int32_t(t)) +
                                              n_planes * double(t) * 7 + out * (30 + 3.0 * double(t)));
         const double cost = p.by_channels

@@ -75,6 +75,17 @@ def test_any_convolution_is_that_of_pytorch(isa: int, case: tuple[Layer, Tensor]
     with_residual(layer, x, isa)
 
 
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_every_width_of_an_image(stride: int, isa: int) -> None:
+    weight = sparse((5, 3, 3, 3), 0.5)
+    for padding in (0, 1):
+        for width in range(3, 71):
+            layer = Layer(weight, None, Geometry((stride, stride), (padding, padding)), "relu")
+            with_residual(layer, torch.randn(1, 3, 3 + width % 6, width), isa)
+
+
 @st.composite
 def convolutions_of_a_few_pixels(draw: Any) -> tuple[Layer, Tensor]:
     """Where much of a kernel meets nothing but padding."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from twins import ISAS, chain, error, needs_library, sparse
 
 from gossamer.runtime import stages
-from gossamer.runtime.layers import Layer
+from gossamer.runtime.layers import Geometry, Layer
 from gossamer.runtime.planes import Add, MaxPool, Mean
 from gossamer.runtime.program import Program
 from gossamer.runtime.segment import Segment
@@ -132,6 +132,19 @@ def test_large_images_go_through_a_few_at_a_time() -> None:
     assert ways[0].times > 1
     same(segment, ways, [x])
     assert len(make_stages(segment.graph, [Signature((1, 16, 64, 64))], 1)) == 1
+
+
+def test_batches_that_would_lie_in_memory_go_through_a_few_at_a_time() -> None:
+    wide, narrow = sparse((64, 256, 1, 1), 0.9), sparse((256, 64, 1, 1), 0.9)
+    graph = chain(*[Layer(w, None, Geometry()) for w in (wide, narrow) * 2]).graph
+    ways = make_stages(graph, [Signature((64, 256, 56, 56))], 1)
+    assert max(way.program.inputs[0].shape[0] for way in ways) <= 4
+
+
+def test_tokens_go_through_together_since_each_turn_reads_all_weights() -> None:
+    up, down = sparse((3072, 768), 0.9), sparse((768, 3072), 0.9)
+    [stage] = make_stages(chain(Layer(up), Layer(down)).graph, [Signature((128, 768), is_tokens=True)], 1)
+    assert stage.program.inputs[0].shape[0] >= 64
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -225,7 +225,9 @@ def estimate(
                 raise DoesNotFitError(step.name)
             cost = found
         if 64 * sum(lines) > _FRESH * cache * shared:  # what was written a step before has left the cache
-            cost += _AWAY * sum(lines)
+            cost += (_AWAY_IN_ORDER if step.a.value.is_tokens else _AWAY) * sum(lines)
+        if 64 * sum(lines) > _NEAR * cache:
+            cost += _MEMORY * sum(lines)
         costs[step.name] = costs.get(step.name, 0.0) + cost * times + (_MEET if shared > 1 else 0)
     return costs
 
@@ -255,6 +257,12 @@ as measured on an Emerald Rapids. It is what small layers cost."""
 
 _AWAY = 24.0
 """What a line costs that comes from beyond the second-level cache, or goes there: as fitted on an Emerald Rapids."""
+
+_AWAY_IN_ORDER = 6.0
+"""The same where lines are read one after the other, which the processor sees and goes ahead; on a Zen 4."""
+
+_NEAR, _MEMORY = 8, 60.0
+"""What is larger than so many second-level caches comes from memory, and what a line of it costs more; on a Zen 4."""
 
 _FRESH = 0.75
 """Of the second-level cache, how much of a step before is there still."""

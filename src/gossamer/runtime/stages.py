@@ -91,7 +91,7 @@ def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int, i
     together = all(len(x.shape) > 1 and x.shape[0] == n for x in inputs)
     if n == 1 or not together:
         return [_stage(graph, inputs, n, threads, isa)]
-    sizes = sorted({n, *(s for s in (1, 2, 4, 8, 16, 32) if s < n)})
+    sizes = sorted({n, *(s for s in (1, 2, 4, 8, 16, 32, 64) if s < n)})
     costs = {size: _costs(graph, inputs, size, threads, isa) for size in sizes}
     names = list(costs[n])
     totals = {size: [0.0] for size in sizes}
