@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from gossamer.native import native
 from gossamer.runtime.capture import copied
 from gossamer.runtime.layers import IN_PLACE, OUT_PLACE, Layer
-from gossamer.runtime.program import DoesNotFitError
+from gossamer.runtime.program import DoesNotFitError, dense_call
 from gossamer.runtime.segment import Segment, gather, signature_of
 from gossamer.runtime.values import FEW
 
@@ -127,7 +127,7 @@ def _settle(layer: Layer, inputs: tuple[Tensor, ...], tune: bool) -> tuple[float
     if sparse is None:
         layer.is_sparse, layer.expected = False, None
         return None
-    dense = layer.dense_cost(value)
+    dense = layer.dense_cost(value) + dense_call(layer)  # one that runs sparse is called together with others
     layer.expected = sparse / dense
     # A depthwise layer that ran in PyTorch would also take apart what is around it.
     layer.is_sparse = layer.expected < GAIN or layer.is_depthwise
