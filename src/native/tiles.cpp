@@ -159,8 +159,8 @@ Tile choose_in_place(const GossamerPlan& p, int64_t pixels, int32_t isa, int32_t
 using namespace gossamer;
 
 // Dense kernels make 0.85 of the multiplications that there could be, fewer on few pixels, and move what they read into a
-// layout of their own; on a few pixels or tokens they take as long as it takes to read the weights, which wide vectors do not
-// shorten, and longer where those have to come from beyond the second-level cache.
+// layout of their own; on a few pixels or tokens they take as long as it takes to read the weights, and longer where those
+// have to come from beyond the second-level cache. Tokens meet them as they lie, which wide vectors do not shorten.
 double gossamer_dense_cost(const GossamerLayer* layer, const GossamerUse* use) {
   const Shape& s = layer->s;
   const double lanes = machine().kernels[0]->lanes / machine().costs[0];
@@ -168,7 +168,8 @@ double gossamer_dense_cost(const GossamerLayer* layer, const GossamerUse* use) {
   const double width = std::max(0, (use->width + 2 * s.px - s.dx * (s.kw - 1) - 1) / s.sx + 1);
   const double pixels = height * width * double(use->images), weights = double(s.out) * s.in * s.kh * s.kw;
   const double efficiency = 0.85 * std::min(1.0, s.in * s.kh * s.kw / 32.0), bytes = weights * s.groups * 4, l2 = double(machine().l2);
-  const double read = s.kh * s.kw == 1 ? (bytes > l2 ? 0.65 : 0.45) : (bytes > 4 * l2 ? 2.6 : 0.9);
+  const double read = s.kh * s.kw == 1 ? (bytes > l2 ? 0.65 : 0.45) : (bytes > 4 * l2 ? 28.0 : 14.0) / lanes;
   const double inputs = double(use->images) * s.in * s.groups * use->height * use->width;
-  return weights * (pixels / efficiency / lanes + read) + 3 * (inputs + pixels * s.out) / lanes;
+  const double met = s.kh * s.kw == 1 ? pixels : std::max(pixels, 8.0);  // a vector is multiplied whole
+  return weights * (met / efficiency / lanes + read) + 3 * (inputs + pixels * s.out) / lanes;
 }

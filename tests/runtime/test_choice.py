@@ -94,7 +94,7 @@ def halves(*, tune: bool = False) -> tuple[nn.Module, runtime.CompiledModel]:
     """Compiled for images for which it is faster sparse."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1)).eval()
-    Sparsifier(net).sparsify_model(40)
+    Sparsifier(net).sparsify_model(30)
     return net, runtime.compile(net, torch.randn(1, 128, 28, 28), tune=tune)
 
 
