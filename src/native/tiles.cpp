@@ -167,7 +167,7 @@ double gossamer_dense_cost(const GossamerLayer* layer, const GossamerUse* use) {
   const double height = std::max(0, (use->height + 2 * s.py - s.dy * (s.kh - 1) - 1) / s.sy + 1);
   const double width = std::max(0, (use->width + 2 * s.px - s.dx * (s.kw - 1) - 1) / s.sx + 1);
   const double pixels = height * width * double(use->images), weights = double(s.out) * s.in * s.kh * s.kw;
-  const double efficiency = 0.85 * std::min(1.0, s.in * s.kh * s.kw / 32.0), bytes = weights * s.groups * 4, l2 = double(machine().l2);
+  const double efficiency = 0.85 * std::min(1.0, s.in * s.kh * s.kw / 32.0), bytes = weights * 4, l2 = double(machine().l2);
   const double read = s.kh * s.kw == 1 ? (bytes > l2 ? 0.65 : 0.45) : (bytes > 4 * l2 ? 28.0 : 14.0) / lanes;
   const double inputs = double(use->images) * s.in * s.groups * use->height * use->width;
   const double met = s.kh * s.kw == 1 ? pixels : std::max(pixels, 8.0);  // a vector is multiplied whole
