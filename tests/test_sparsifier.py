@@ -328,6 +328,33 @@ def test_weights_that_no_criterion_can_rank_are_refused(odd):
 
 
 @pytest.mark.parametrize(
+    ("context", "sparsity"),
+    [
+        *((context, sparsity) for context in ("local", "output") for sparsity in (50, {"0": 50}, {"2": 50, "*": 25})),
+        ("global", 50),
+        ("global", {"2": 50, "*": 25}),
+        ("2:4", 50),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("criteria", ["large_final", "random", "large_init"])
+@pytest.mark.parametrize("strides", ["as usual", "transposed"])
+def test_weights_that_no_criterion_can_rank_are_named_before_any_mask_moves(strides, criteria, bad, context, sparsity):
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    if strides == "transposed":
+        net[2].weight.data = net[2].weight.data.T
+    sparsifier = Sparsifier(net, context=context, criteria=criteria, layer_type=nn.Linear)
+    with torch.no_grad():
+        net[bad].weight[7, 7] = math.inf
+    before = [layer.weight.detach().clone() for layer in net]
+    with pytest.raises(TargetError, match=f"layer '{bad}' has nan or infinite weights"):
+        sparsifier.sparsify_model(sparsity)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(net, before, strict=True))
+    assert all(bool(mask.all()) for mask in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         {"granularity": "wieght"},

@@ -173,6 +173,36 @@ def test_nan_is_never_ranked(n, sign):
         assert kept.tolist() == [False] * (n // 2) + [True] * (n - n // 2)
 
 
+@pytest.mark.usefixtures("_each_instruction_set")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", [0, 63, 64, 9_000, -1])
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan, -math.nan])
+def test_asked_for_all_or_none_a_magnitude_that_is_no_finite_number_stops_all(odd, place, dtype):
+    n = (1 << 15) + 77
+    weights = [torch.full((n,), -torch.finfo(dtype).max, dtype=dtype) for _ in range(2)]
+    before = [w.clone() for w in weights]
+    masks = [torch.ones(n, dtype=torch.bool) for _ in weights]
+    units = [Units(w, True, m, n, [w]) for w, m in zip(weights, masks, strict=True)]
+    weights[1][place] = odd
+    assert drop([Competition([u], 9) for u in units], whole=True) == [None, None]
+    assert drop([Competition(units, 9)], whole=True) == [None]
+    assert all(bool(m.all()) for m in masks)
+    assert torch.equal(weights[0], before[0])
+    weights[1][place] = before[1][place]
+    assert None not in drop([Competition([u], 9) for u in units], whole=True), "the largest finite number is one"
+    assert [int((~m).sum()) for m in masks] == [9, 9]
+
+
+def test_asked_for_all_or_none_what_lies_otherwise_in_memory_stops_all():
+    weights, masks = [torch.ones(24), torch.ones(4, 6).T], [torch.ones(24, dtype=torch.bool) for _ in range(2)]
+    competitions = [Competition([Units(w, True, m, 24, [w])], 1) for w, m in zip(weights, masks, strict=True)]
+    assert drop(competitions, whole=True) == [None, None]
+    assert bool(masks[0].all())
+    done = drop(competitions)
+    assert done[0] is not None
+    assert done[1] is None
+
+
 @pytest.mark.parametrize(
     "odd",
     [

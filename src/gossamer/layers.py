@@ -214,6 +214,17 @@ class Layers(Mapping[str, Layer]):
                 return None
         return Competition(units, need, hint)
 
+    @property
+    def _is_known(self) -> bool:
+        """Whether what gives scores is the package's own."""
+        return self.criterion.elementwise and self.reduction in (None, *REDUCTIONS.values())
+
+    @property
+    def come_from_weights(self) -> bool:
+        """Whether weights are ranked as they are, so that who ranks them sees what `check_weights` looks for."""
+        own = self._is_known and self.criterion.needs == ("weight",)
+        return own and all(self.is_read_from_bits(layer) for layer in self.values())
+
     def is_read_from_bits(self, layer: Layer) -> bool:
         """Whether a layer's scores are the magnitudes of single weights, which need not be computed to be compared."""
         return self.criterion.magnitude and not layer.dims and self.normalization is None
@@ -288,14 +299,19 @@ class Layers(Mapping[str, Layer]):
         parts = find_companions(model, modules)
         return {name: [p for i in range(len(ms)) for p in parts[f"{i} {name}"]] for name, ms in users.items()}
 
-    def check_weights(self) -> None:
+    def check_weights(self, without: Collection[str] = ()) -> None:
         """Makes sure that scores can be compared.
+
+        Args:
+            without: layers whose weights are not looked at.
 
         Raises:
             TargetError: a weight is nan or infinite, or of another shape than its mask.
             ArgumentError: the criterion gives something else than scores.
         """
         for target in self.targets:
+            if target.name in without:
+                continue
             weight, mask = target.weight.detach(), self.masks[target.name]
             if weight.shape != mask.shape:
                 raise TargetError(
@@ -309,8 +325,7 @@ class Layers(Mapping[str, Layer]):
                     f"layer {target.name!r} has nan or infinite weights, which no criterion can rank; "
                     "restore a checkpoint from before, or lower the learning rate"
                 )
-        is_known = self.criterion.elementwise and self.reduction in (None, *REDUCTIONS.values())
-        if not is_known:  # a function of the user's own may fail at any layer
+        if not self._is_known:  # a function of the user's own may fail at any layer
             try:
                 for layer in self.values():
                     self.scores(layer)

@@ -45,6 +45,7 @@ class Mover:
         round_to: int | None,
         state_of: StateOf,
         fixed: Collection[str] = (),
+        check: bool = False,
     ) -> None:
         """Moves the masks to a fraction of each layer's units, exactly, and applies them.
 
@@ -53,10 +54,14 @@ class Mover:
             round_to: round the units that a layer keeps to the nearest multiple of this.
             state_of: further tensors to zero where the weights are.
             fixed: layers that stand at their own fraction where the others compete.
+            check: make sure, before anything is changed, that scores can be compared.
+
+        Raises:
+            TargetError: asked to check, and a weight is nan or infinite, or of another shape than its mask.
         """
         self.layers.evidence.drop()
         try:
-            self._move(fractions, round_to, state_of, fixed)
+            self._move(fractions, round_to, state_of, fixed, check)
         except BaseException:  # Ctrl-C may strike between a mask and its count, or its weights
             self._recover(state_of)
             raise
@@ -78,16 +83,23 @@ class Mover:
         round_to: int | None,
         state_of: StateOf,
         fixed: Collection[str],
+        check: bool,
     ) -> None:
         pooled = [n for n in self.layers if n not in fixed] if self.context.is_pooled else []
+        alone = [n for n in self.layers if n not in pooled]
+        # What ranks weights all at once looks at each of them, and can say so before it changes any.
+        is_seen = self.layers.come_from_weights and not (pooled and alone)
+        if check and not is_seen:
+            self.layers.check_weights()
+        check = check and is_seen
         if self.layers.evidence.takes_data:  # what runs through the network runs through masked weights
             for layer in self.layers.values():
                 self.layers.apply(layer, state_of)
             self.layers.apply_companions(state_of)
-        changed = self._move_local([n for n in self.layers if n not in pooled], fractions, round_to, state_of)
+        changed = self._move_local(alone, fractions, round_to, state_of, check) if alone else {}
         if pooled:
             fraction = max((f for name, f in fractions.items() if name in pooled), default=Fraction(0))
-            changed |= self._move_global([self.layers[n] for n in pooled], fraction, round_to, state_of)
+            changed |= self._move_global([self.layers[n] for n in pooled], fraction, round_to, state_of, check)
         for name, flag in changed.items():
             self.layers.evidence.moved(name, self.layers[name].target.weight, flag)
         self.layers.apply_companions(state_of)
@@ -103,21 +115,32 @@ class Mover:
         return self.skip_frozen and not layer.target.weight.requires_grad
 
     def _move_local(
-        self, names: Sequence[str], fractions: Mapping[str, Fraction], round_to: int | None, state_of: StateOf
+        self,
+        names: Sequence[str],
+        fractions: Mapping[str, Fraction],
+        round_to: int | None,
+        state_of: StateOf,
+        check: bool,
     ) -> dict[str, bool | Tensor]:
         moving: list[tuple[Layer, int]] = []
+        still: list[Layer] = []
         for name in names:
             layer = self.layers[name]
             goal = layer.masked
             if name in fractions and not self._is_frozen(layer):
                 goal = max(layer.floor, rounded(count(fractions[name], layer.n_units), layer, round_to))
             if goal is None or goal == layer.masked:
-                self.layers.apply(layer, state_of)
+                still.append(layer)
             else:
                 moving.append((layer, goal))
         # Those whose scores need no memory all at once, the others one by one.
         small = [self._grows_fast(*move) and self.layers.is_read_from_bits(move[0]) for move in moving]
-        self._move_layers([move for move, is_small in zip(moving, small, strict=True) if is_small], state_of)
+        at_once = [move for move, is_small in zip(moving, small, strict=True) if is_small]
+        if check:
+            self.layers.check_weights(without={layer.target.name for layer, _ in at_once})
+        self._move_layers(at_once, state_of, check)
+        for layer in still:
+            self.layers.apply(layer, state_of)
         for move, is_small in zip(moving, small, strict=True):
             if not is_small:
                 self._move_layers([move], state_of)
@@ -126,7 +149,7 @@ class Mover:
     def _grows_fast(self, layer: Layer, goal: int) -> bool:
         return layer.masked is not None and goal > layer.masked and self._is_fast(layer)
 
-    def _move_layers(self, moves: Sequence[tuple[Layer, int]], state_of: StateOf) -> None:
+    def _move_layers(self, moves: Sequence[tuple[Layer, int]], state_of: StateOf, check: bool = False) -> None:
         competitions: dict[str, Competition] = {}
         for layer, goal in moves:
             if self._grows_fast(layer, goal):
@@ -134,7 +157,9 @@ class Mover:
                 ready = self.layers.to_drop([layer], goal - (layer.masked or 0), hint, state_of)
                 if ready is not None:
                     competitions[layer.target.name] = ready
-        done = dict(zip(competitions, drop(list(competitions.values())), strict=True))
+        done = dict(zip(competitions, drop(list(competitions.values()), whole=check), strict=True))
+        if check and None in done.values():
+            self.layers.check_weights()
         for layer, goal in moves:
             name = layer.target.name
             dropped = done.get(name)
@@ -174,7 +199,7 @@ class Mover:
             raise
 
     def _move_global(
-        self, competing: Sequence[Layer], fraction: Fraction, round_to: int | None, state_of: StateOf
+        self, competing: Sequence[Layer], fraction: Fraction, round_to: int | None, state_of: StateOf, check: bool
     ) -> dict[str, bool | Tensor]:
         layers = [layer for layer in competing if not self._is_frozen(layer)]
         goal = max(count(fraction, sum(la.n_units for la in layers)), sum(la.floor for la in layers))
@@ -192,8 +217,12 @@ class Mover:
         if goes_on and fast and need and all(low <= n for low, n in zip(bounds[0], known, strict=True)):
             least = [layer.n_units - most for layer, most in zip(layers, bounds[1], strict=True)]
             ready = self.layers.to_drop(layers, need, self._hints.get(""), state_of, least)
+        if check:
+            self.layers.check_weights(without=() if ready is None else {layer.target.name for layer in layers})
         if ready is not None:
-            (done,) = drop([ready])
+            (done,) = drop([ready], whole=check)
+            if check and done is None:
+                self.layers.check_weights()
         for layer in competing:
             if done is None or self._is_frozen(layer):  # the others have been masked on the way
                 self.layers.apply(layer, state_of)

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_ABI = 2
+_ABI = 3
 _LIBRARY = "_native.so"
 
 
@@ -126,7 +126,7 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),
     ("gossamer_expand_gaps", c_int32, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32)),
     ("gossamer_zero", c_int32, (POINTER(Sweep), c_int32, c_int32)),
-    ("gossamer_drop", None, (POINTER(Group), c_int64, c_int32, c_int32)),
+    ("gossamer_drop", None, (POINTER(Group), c_int64, c_int32, c_int32, c_int32)),
 )
 
 

@@ -61,8 +61,8 @@ def resolve(
         fractions |= resolve_sparsity(named, layers) if named else {}
     else:
         fractions = resolve_sparsity(sparsity, layers)
-    for name, fraction in fractions.items():
-        check_target(fraction, Context("local") if name in fixed else context)
+    for is_fixed, fraction in dict.fromkeys((name in fixed, fraction) for name, fraction in fractions.items()):
+        check_target(fraction, Context("local") if is_fixed else context)
     shared = [name for name in fractions if name not in fixed]
     if context.densities is not None and shared:
         shapes = [Shape(la.target.axes, la.target.view, la.n_units) for la in map(layers.get, shared) if la]

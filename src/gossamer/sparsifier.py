@@ -141,14 +141,13 @@ class Sparsifier:
             raise ArgumentError(f"iterations={iterations!r} is no positive integer; 1 masks all at once")
         fractions, fixed = self.resolve(sparsity, round_to), self.fixed_layers(sparsity)
         warn_of_a_fraction(sparsity)
-        self.check_weights()
         self.warn_unchanged(fractions)
         for i in range(1, iterations + 1):
             share = {
                 n: f if i == iterations else 1 - Fraction(float(1 - f) ** (i / iterations))
                 for n, f in fractions.items()
             }
-            self.move(share, round_to, fixed=fixed)
+            self.move(share, round_to, fixed=fixed, check=i == 1)
         self.warn_thin()
 
     def warn_thin(self) -> None:
@@ -278,6 +277,7 @@ class Sparsifier:
         state_of: StateOf = lambda _: (),
         fixed: Collection[str] = (),
         by: Criterion | None = None,
+        check: bool = False,
     ) -> None:
         """Moves the masks to a fraction of each layer's units, exactly, and applies them.
 
@@ -287,9 +287,13 @@ class Sparsifier:
             state_of: further tensors to zero where the weights are.
             fixed: as `fixed_layers` gives it.
             by: another criterion, for this once.
+            check: make sure first that scores can be compared, as `check_weights` does.
+
+        Raises:
+            TargetError: see `check_weights`.
         """
         with self._layers.scored_by(by):
-            self._mover.move(fractions, round_to, state_of, fixed)
+            self._mover.move(fractions, round_to, state_of, fixed, check)
 
     def exchanged(
         self, fraction: float, grow: Criterion, step: int, seed: int = 0, factor: Tensor | None = None

@@ -98,11 +98,12 @@ class Dropped:
     hint: Hint | None
 
 
-def drop(competitions: Sequence[Competition]) -> list[Dropped | None]:
+def drop(competitions: Sequence[Competition], whole: bool = False) -> list[Dropped | None]:
     """Masks the lowest kept units in each competition, and zeroes what is masked.
 
     Args:
         competitions: no layer is in two of them.
+        whole: nothing is done where something cannot be, or where a magnitude is nan or infinite.
 
     Returns:
         What went in each; None where it could not be done: then no mask has changed there.
@@ -117,8 +118,10 @@ def drop(competitions: Sequence[Competition]) -> list[Dropped | None]:
     if library is None:
         return [None] * len(competitions)
     fitting = [i for i, c in enumerate(competitions) if all(_fits(layer) for layer in c.layers)]
+    if whole and len(fitting) < len(competitions):
+        return [None] * len(competitions)
     groups = (Group * len(fitting))(*(_group_of(competitions[i]) for i in fitting))
-    library.gossamer_drop(groups, len(fitting), torch.get_num_threads(), _BEST)
+    library.gossamer_drop(groups, len(fitting), torch.get_num_threads(), _BEST, whole)
     done: list[Dropped | None] = [None] * len(competitions)
     for i, group in zip(fitting, groups, strict=True):
         for layer in competitions[i].layers:

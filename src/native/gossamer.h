@@ -116,5 +116,6 @@ struct GossamerGroup {
                      // kept scores that are numbers, 4 where a layer would keep too few; no mask was changed then
 };
 
-// Masks in each group the `need` lowest kept scores (ties in the order of layers and positions), and zeroes.
-GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa);
+// Masks in each group the `need` lowest kept scores (ties in the order of layers and positions), and zeroes. whole: where
+// a group fails, or a magnitude is infinite or no number, all groups fail.
+GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa, int32_t whole);

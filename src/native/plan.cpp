@@ -83,7 +83,7 @@ int64_t GossamerPlan::items() const {
   }
 }
 
-int32_t gossamer_abi() { return 2; }
+int32_t gossamer_abi() { return 3; }
 
 GossamerLayer* gossamer_layer_new(const float* weight, const float* bias, const int32_t* shape) try {
   auto layer = std::make_unique<GossamerLayer>();

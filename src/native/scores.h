@@ -15,6 +15,8 @@ enum Kind : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64, SCORES32, SCORES64, N
 
 constexpr Scores LOOP[] = {MAGNITUDE_HALF, MAGNITUDE_HALF, MAGNITUDE_FLOAT, MAGNITUDE_DOUBLE, GIVEN_FLOAT, GIVEN_DOUBLE};
 constexpr int32_t SIZE[] = {2, 2, 4, 8, 4, 8};
+// The least bits of a magnitude that is no finite number; of scores that are given nothing is known.
+constexpr int64_t INFINITE[] = {0x7c00, 0x7f80, 0x7f800000, 0x7ff0000000000000, 1, 1};
 
 template <class To, class From>
 To as(From from) {

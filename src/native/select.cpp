@@ -41,11 +41,18 @@ bool fits(const GossamerSweep& s) {
   return (s.keep || !s.n) && s.n >= 0 && s.kind >= 0 && s.kind < N_KINDS;
 }
 
+// Which of a layer's tensors its scores are read from; -1 for none.
+int32_t own_tensor(const GossamerSweep& s) {
+  for (int32_t t = 0; t < s.n_tensors; t++)
+    if (s.tensors[t] == s.scores && s.sizes[t] == SIZE[s.kind]) return t;
+  return -1;
+}
+
 // A piece of a layer, and what was found in it.
 struct Item {
   int32_t layer;
   int64_t start, n;
-  int64_t settled = 0;
+  Seen seen{0, 0};
   std::vector<uint32_t> places;  // from the start
   std::vector<int64_t> keys;
 };
@@ -58,6 +65,7 @@ struct Job {
   std::vector<Item> items;
   double lower = -INF, upper = INF;  // the bracket
   int64_t settled = 0, found = 0;    // below it, and in it
+  bool is_finite = true;             // are all magnitudes
 
   Job(GossamerSweep* layers, int64_t n_layers, int64_t need, int32_t threads, const Loops& loops)
       : layers(layers), n_layers(n_layers), need(need), threads(threads), loops(loops) {
@@ -70,9 +78,9 @@ struct Job {
       }
   }
 
-  void zero(const GossamerSweep& s, int64_t start, int64_t n) const {
+  void zero(const GossamerSweep& s, int64_t start, int64_t n, int32_t without = -1) const {
     for (int32_t t = 0; t < s.n_tensors; t++)
-      loops.zero[__builtin_ctz(unsigned(s.sizes[t]))](
+      if (t != without) loops.zero[__builtin_ctz(unsigned(s.sizes[t]))](
           s.keep + start, static_cast<char*>(s.tensors[t]) + start * s.sizes[t], n);
   }
 
@@ -104,7 +112,7 @@ struct Job {
     each_item([&](Item& item) {
       const GossamerSweep& s = layers[item.layer];
       const bool all = s.n_kept == s.n;
-      item.settled = 0;
+      item.seen = {0, 0};
       item.places.clear();
       item.keys.clear();
       uint16_t here[PIECE + SLACK];
@@ -114,7 +122,7 @@ struct Job {
           const char* scores = static_cast<const char*>(s.scores) + start * SIZE[s.kind];
           const int64_t found = loops.scan[LOOP[s.kind]](
               scores, all ? nullptr : s.keep + start, n, under[size_t(item.layer)], inside[size_t(item.layer)], here,
-              &item.settled);
+              &item.seen);
           const size_t before = item.places.size();
           item.places.resize(before + size_t(found));
           item.keys.resize(before + size_t(found));
@@ -134,7 +142,10 @@ struct Job {
     if (is_short) throw std::bad_alloc();
     lower = low, upper = high;
     settled = found = 0;
-    for (const Item& item : items) settled += item.settled, found += int64_t(item.keys.size());
+    for (const Item& item : items) {
+      settled += item.seen.settled, found += int64_t(item.keys.size());
+      is_finite = is_finite && item.seen.most < INFINITE[layers[item.layer].kind];
+    }
     return settled <= need && need <= settled + found;
   }
 
@@ -172,8 +183,10 @@ struct Job {
     for (int64_t l = 0; l < n_layers; l++) {
       const GossamerSweep& s = layers[l];
       const bool all = s.n_kept == s.n;
+      const char* scores = static_cast<const char*>(s.scores);
       with_scores(s, [&](auto read) {
         for (int64_t i = 0; i < s.n; i += stride) {
+          __builtin_prefetch(scores + (i + 16 * stride) * SIZE[s.kind]);  // each is in a line of its own
           const double score = read(i);
           if ((all || s.keep[i]) && score == score) keys.push_back(key_of(score));
         }
@@ -199,7 +212,7 @@ struct Job {
     for (int64_t l = 0; l < n_layers; l++) layers[l].n_masked = 0;
     int64_t ties = need;
     for (Item& item : items) {
-      int64_t below = item.settled;
+      int64_t below = item.seen.settled;
       for (int64_t key : item.keys) below += key < bound;
       layers[item.layer].n_masked += below;
       ties -= below;
@@ -236,13 +249,18 @@ struct Job {
       const GossamerSweep& s = layers[item.layer];
       if (!s.n_masked) return;
       const int64_t end = last[size_t(item.layer)] + 1;
-      const auto loop = loops.cut[LOOP[s.kind]];
+      const Scores form = LOOP[s.kind];
+      // Weights that are their own scores are read and written once.
+      const int32_t own = form <= MAGNITUDE_DOUBLE ? own_tensor(s) : -1;
       each_piece(item, [&](int64_t start, int64_t n) {
         const int64_t with = std::max<int64_t>(0, std::min(n, end - start));
-        const char* scores = static_cast<const char*>(s.scores) + start * SIZE[s.kind];
-        loop(scores, s.keep + start, with, at[size_t(item.layer)]);
-        loop(scores + with * SIZE[s.kind], s.keep + start + with, n - with, under[size_t(item.layer)]);
-        zero(s, start, n);
+        auto both = [&](auto* from, auto loop) {
+          loop(from + start * SIZE[s.kind], s.keep + start, with, at[size_t(item.layer)]);
+          loop(from + (start + with) * SIZE[s.kind], s.keep + start + with, n - with, under[size_t(item.layer)]);
+        };
+        if (own >= 0) both(static_cast<char*>(s.tensors[own]), loops.drop[form]);
+        else both(static_cast<const char*>(s.scores), loops.cut[form]);
+        zero(s, start, n, own);
       });
     });
     return true;
@@ -266,7 +284,7 @@ GOSSAMER_API int32_t gossamer_zero(const GossamerSweep* s, int32_t threads, int3
   return 0;
 }
 
-GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa) {
+GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t threads, int32_t isa, int32_t whole) {
   const Loops* loops = loops_of(isa);
   int64_t total = 0, most = 0;
   for (int64_t g = 0; g < n_groups; g++) {
@@ -286,7 +304,8 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
     if (group.failed) return;
     try {
       jobs[size_t(g)] = std::make_unique<Job>(group.layers, group.n_layers, group.need, with, *loops);
-      if (!jobs[size_t(g)]->find(group.hint)) group.failed = 3;
+      const bool is_found = jobs[size_t(g)]->find(group.hint);
+      if (!is_found || (whole && !jobs[size_t(g)]->is_finite)) group.failed = 3;
     } catch (const std::bad_alloc&) {
       group.failed = 2;
     }
@@ -328,8 +347,8 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
   if (apart) share(n_groups, threads, [&](int64_t i, int) { find(order[size_t(i)].second, 1); });
   else for (int64_t g = 0; g < n_groups; g++) find(g, threads);
   // All of them or none, where a score is no number: what is wrong is to be said before anything has changed.
-  const bool is_wrong = std::any_of(groups, groups + n_groups, [](const GossamerGroup& group) { return group.failed == 3; });
-  if (is_wrong)
+  auto is_wrong = [&](const GossamerGroup& group) { return group.failed == 3 || (whole && group.failed); };
+  if (std::any_of(groups, groups + n_groups, is_wrong))
     for (int64_t g = 0; g < n_groups; g++) groups[g].failed = std::max(groups[g].failed, 3);
   if (apart) share(n_groups, threads, [&](int64_t i, int) { cut(order[size_t(i)].second); });
   else for (int64_t g = 0; g < n_groups; g++) cut(g);

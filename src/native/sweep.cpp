@@ -53,6 +53,11 @@ struct Vector {
   typedef T U __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
 };
 
+template <class T, int N>
+struct Lanes {
+  typedef T V __attribute__((vector_size(N * sizeof(T))));
+};
+
 // One bit for each lane of a comparison's result, the first in the lowest. No vector extension has a word for it, and the
 // compiler does not see it in a loop.
 template <class M>
@@ -91,6 +96,23 @@ struct Magnitude : Vector<K> {
   explicit Magnitude(Bound b) : bound(K(b.whole)) {}
   bool reaches(K bits) const { return K(bits & K(~SIGN)) <= bound; }
   auto reaches(V bits) const { return (bits & K(~SIGN)) <= bound; }
+
+  // The largest of all, which says whether all are finite, while they are at hand.
+  struct Most {
+    V lanes{};
+    void see(const K* x) {
+      for (int j = 0; j < BLOCK; j += Vector<K>::L) {
+        const V here = V(*reinterpret_cast<const typename Vector<K>::U*>(x + j)) & K(~SIGN);
+        lanes = here > lanes ? here : lanes;
+      }
+    }
+    void see_one(K x) {
+      if (K(x & K(~SIGN)) > lanes[0]) lanes[0] = K(x & K(~SIGN));
+    }
+    void into(int64_t* most) const {
+      for (int j = 0; j < Vector<K>::L; j++) *most = lanes[j] > *most ? lanes[j] : *most;
+    }
+  };
 };
 
 template <class F>
@@ -101,6 +123,12 @@ struct Given : Vector<F> {
   explicit Given(Bound b) : bound(F(b.real)) {}
   bool reaches(F score) const { return score <= bound; }
   auto reaches(V scores) const { return scores <= bound; }
+
+  struct Most {
+    void see(const F*) {}
+    void see_one(F) {}
+    void into(int64_t*) const {}
+  };
 };
 
 // Which of a block's elements are at most at a bound.
@@ -142,35 +170,38 @@ int64_t scan_block(
 }
 
 template <class S, bool MASKED, bool LOW>
-int64_t scan_all(
-    const typename S::Type* x, const uint8_t* keep, int64_t n, S low, S high, uint16_t* found, int64_t* settled) {
-  int64_t count = 0, i = 0;
+int64_t scan_all(const typename S::Type* x, const uint8_t* keep, int64_t n, S low, S high, uint16_t* found, Seen* seen) {
+  int64_t count = 0, i = 0, settled = 0;
+  typename S::Most most;
   for (; i + BLOCK <= n; i += BLOCK) {
     fetch(x + i);
-    count += scan_block<S, MASKED, LOW>(x + i, MASKED ? keep + i : keep, low, high, i, found + count, settled);
+    most.see(x + i);
+    count += scan_block<S, MASKED, LOW>(x + i, MASKED ? keep + i : keep, low, high, i, found + count, &settled);
   }
   for (; i < n; i++) {
+    most.see_one(x[i]);
     const bool under = LOW && low.reaches(x[i]), here = high.reaches(x[i]) && (!MASKED || keep[i]);
-    *settled += here && under;
+    settled += here && under;
     if (here && !under) found[count++] = uint16_t(i);
   }
+  seen->settled += settled;
+  most.into(&seen->most);
   return count;
 }
 
 template <class S, bool MASKED>
 int64_t scan_kept(
-    const void* scores, const uint8_t* keep, int64_t n, Bound low, Bound high, uint16_t* found, int64_t* settled) {
+    const void* scores, const uint8_t* keep, int64_t n, Bound low, Bound high, uint16_t* found, Seen* seen) {
   const auto* x = static_cast<const typename S::Type*>(scores);
   const bool none = low.whole < 0 && low.real != low.real;
-  return none ? scan_all<S, MASKED, false>(x, keep, n, S(low), S(high), found, settled)
-              : scan_all<S, MASKED, true>(x, keep, n, S(low), S(high), found, settled);
+  return none ? scan_all<S, MASKED, false>(x, keep, n, S(low), S(high), found, seen)
+              : scan_all<S, MASKED, true>(x, keep, n, S(low), S(high), found, seen);
 }
 
 template <class S>
-int64_t scan(
-    const void* scores, const uint8_t* keep, int64_t n, Bound low, Bound high, uint16_t* found, int64_t* settled) {
-  return keep ? scan_kept<S, true>(scores, keep, n, low, high, found, settled)
-              : scan_kept<S, false>(scores, keep, n, low, high, found, settled);
+int64_t scan(const void* scores, const uint8_t* keep, int64_t n, Bound low, Bound high, uint16_t* found, Seen* seen) {
+  return keep ? scan_kept<S, true>(scores, keep, n, low, high, found, seen)
+              : scan_kept<S, false>(scores, keep, n, low, high, found, seen);
 }
 
 template <class S>
@@ -185,6 +216,30 @@ void cut(const void* scores, uint8_t* keep, int64_t n, Bound bound) {
   for (; i < n; i++) keep[i] = s.reaches(x[i]) ? 0 : keep[i];
 }
 
+template <class S>
+void drop(void* weights, uint8_t* keep, int64_t n, Bound bound) {
+  typedef typename S::Type K;
+  typedef typename Lanes<int8_t, S::L>::V Flags;
+  auto* x = static_cast<K*>(weights);
+  const S s(bound);
+  int64_t i = 0;
+  for (; i + BLOCK <= n; i += BLOCK) {
+    fetch(x + i);
+    for (int j = 0; j < BLOCK; j += S::L) {
+      auto* at = reinterpret_cast<typename S::U*>(x + i + j);
+      Flags flags;
+      __builtin_memcpy(&flags, keep + i + j, sizeof flags);
+      const typename S::V v = *at;
+      const typename S::V goes = s.reaches(v);
+      *at = v & ~goes;
+      flags &= ~__builtin_convertvector(goes, Flags);
+      __builtin_memcpy(keep + i + j, &flags, sizeof flags);
+    }
+  }
+  for (; i < n; i++)
+    if (s.reaches(x[i])) x[i] = 0, keep[i] = 0;
+}
+
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)
 
@@ -196,6 +251,7 @@ extern const Loops loops = {
     {scan<Magnitude<int16_t>>, scan<Magnitude<int32_t>>, scan<Magnitude<int64_t>>, scan<Given<float>>,
      scan<Given<double>>},
     {cut<Magnitude<int16_t>>, cut<Magnitude<int32_t>>, cut<Magnitude<int64_t>>, cut<Given<float>>, cut<Given<double>>},
+    {drop<Magnitude<int16_t>>, drop<Magnitude<int32_t>>, drop<Magnitude<int64_t>>},
 };
 
 }  // namespace GOSSAMER_ISA

@@ -13,6 +13,12 @@ struct Bound {
   double real;    // nan: nothing is as low
 };
 
+// What a scan has come across so far.
+struct Seen {
+  int64_t settled;  // kept elements at most at the lower bound
+  int64_t most;     // the bits of the largest magnitude, kept or not, where scores are magnitudes
+};
+
 constexpr int64_t PIECE = 1 << 13;  // elements that a loop is called with, at most
 constexpr int64_t SLACK = 2;        // that may be written behind what was found
 
@@ -23,9 +29,11 @@ struct Loops {
   // Of the kept elements: writes where those are that lie at most at `high` and not at `low`, counts them, and adds to
   // settled how many lie at most at `low`. keep null: all are kept.
   int64_t (*scan[N_SCORES])(
-      const void* scores, const uint8_t* keep, int64_t n, Bound low, Bound high, uint16_t* found, int64_t* settled);
+      const void* scores, const uint8_t* keep, int64_t n, Bound low, Bound high, uint16_t* found, Seen* seen);
   // Sets keep to 0 where a score lies at most at the bound.
   void (*cut[N_SCORES])(const void* scores, uint8_t* keep, int64_t n, Bound bound);
+  // The same, and what the scores are read from to zero, which is so already where keep was 0.
+  void (*drop[MAGNITUDE_DOUBLE + 1])(void* weights, uint8_t* keep, int64_t n, Bound bound);
 };
 
 namespace baseline { extern const Loops loops; }

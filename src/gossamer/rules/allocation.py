@@ -213,7 +213,8 @@ def count(fraction: Fraction | float, n: int) -> int:
         >>> count(as_fraction(50), 5), count(as_fraction(29), 50), count(as_fraction(70), 294912)
         (3, 15, 206438)
     """
-    return math.floor(Fraction(fraction) * n + Fraction(1, 2))
+    share = Fraction(fraction)
+    return (2 * share.numerator * n + share.denominator) // (2 * share.denominator)
 
 
 def round_kept(masked: int, n: int, multiple: int) -> int:
