@@ -73,7 +73,7 @@ class Run(ctypes.Structure):
         ("n_buffers", c_int64),
         ("batches", c_int64),
         ("threads", c_int32),
-        ("unused", c_int32),
+        ("team", c_int32),
         ("seconds", POINTER(c_double)),
     )
 
@@ -121,6 +121,7 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("gossamer_dense_cost", c_double, (c_void_p, POINTER(Use))),
     ("gossamer_run", c_int32, (POINTER(Run),)),
     ("gossamer_cache", c_int64, ()),
+    ("gossamer_has_team", c_int32, ()),
     ("gossamer_count_bits", c_int64, (c_void_p, c_int64)),
     ("gossamer_count_gaps", c_int64, (c_void_p, c_int64, POINTER(c_int64))),
     ("gossamer_expand_bits", c_int32, (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32)),

@@ -80,13 +80,16 @@ struct GossamerRun {
   float* const* buffers;   // the first is memory for what is between steps, a part for each thread that takes batches
   const int64_t* strides;  // of each buffer's parts, in elements
   int64_t n_buffers, batches;
-  int32_t threads, unused;
+  int32_t threads;
+  int32_t team;            // whether on PyTorch's threads, where they can be had
   double* seconds;         // of each step, or null; with one batch
 };
 // 0, or 1 where memory is short.
 GOSSAMER_API int32_t gossamer_run(const GossamerRun*);
 // Bytes of the second-level cache.
 GOSSAMER_API int64_t gossamer_cache();
+// Whether PyTorch's threads can be had.
+GOSSAMER_API int32_t gossamer_has_team();
 
 // Selection (select.cpp): the weights of a layer, or scores of its units, and the mask that belongs to them.
 struct GossamerSweep {

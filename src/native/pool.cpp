@@ -1,5 +1,8 @@
 #include "pool.h"
 
+#include "gossamer.h"
+
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -131,10 +134,73 @@ class Pool {
 
 int64_t process() { return int64_t(getpid()); }
 
+// OpenMP's threads, where a library of GNU's interface is in the process: in most builds of PyTorch its own, which spin on
+// for milliseconds after each operator, and then leave other threads no processor. Looked up, so that nothing is linked.
+struct Team {
+  typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+  typedef int (*Number)();
+  Parallel parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  Number number = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  const int64_t owner = process();  // a forked child has none of the threads, and OpenMP would wait for them
+  std::mutex busy;
+
+  bool is_there() const { return parallel && number && owner == process(); }
+};
+
+// Made when the library is loaded, so that a process that is forked later is known to be another.
+Team& team = *new Team;
+
+// As a pool's, but that OpenMP waits for every thread at the end.
+struct Shared {
+  static constexpr int MOST = 64;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  const std::function<void(int64_t, int)>& work;
+  const Team::Number number;
+  const int n_ranges;
+  Range ranges[MOST];
+
+  Shared(int64_t n, int workers, Team::Number number, const std::function<void(int64_t, int)>& work)
+      : work(work), number(number), n_ranges(std::min(workers, MOST)) {
+    for (int r = 0; r < n_ranges; r++) {
+      ranges[r].next.store(n * r / n_ranges, std::memory_order_relaxed);
+      ranges[r].end = n * (r + 1) / n_ranges;
+    }
+  }
+
+  static void enter(void* shared) {
+    Shared& s = *static_cast<Shared*>(shared);
+    const int worker = s.number();
+    for (int k = 0; worker < s.n_ranges && k < s.n_ranges; k++) {
+      Range& range = s.ranges[(worker + k) % s.n_ranges];
+      for (;;) {
+        const int64_t left = range.end - range.next.load(std::memory_order_relaxed);
+        if (left <= 0) break;
+        const int64_t few = left > 8 ? left / 8 : 1, item = range.next.fetch_add(few, std::memory_order_relaxed);
+        for (int64_t i = item; i < std::min(item + few, range.end); i++) s.work(i, worker);
+      }
+    }
+  }
+};
+
+bool share_with_team(int64_t n, int threads, int workers, const std::function<void(int64_t, int)>& work) {
+  if (!team.is_there() || !team.busy.try_lock()) return false;
+  std::lock_guard<std::mutex> one(team.busy, std::adopt_lock);
+  Shared shared(n, workers, team.number, work);
+  team.parallel(Shared::enter, &shared, unsigned(threads), 0);  // as many as PyTorch has: OpenMP ends those that are too many
+  return true;
+}
+
 }  // namespace
 
-void share(int64_t n, int threads, const std::function<void(int64_t, int)>& work) {
+bool has_team() { return team.is_there(); }
+
+void share(int64_t n, int threads, const std::function<void(int64_t, int)>& work, bool with_team) {
+  const int all = threads;
   threads = int(std::min<int64_t>(threads, n));  // no worker's number is beyond those that there is memory for
+  if (with_team && threads > 1 && share_with_team(n, all, threads, work)) return;
   // Never freed: a thread of the program may still be in a run when it exits. A forked child has none of the threads,
   // and a pool of its own.
   static std::atomic<Pool*> pool{nullptr};
@@ -154,3 +220,5 @@ void share(int64_t n, int threads, const std::function<void(int64_t, int)>& work
 }
 
 }  // namespace gossamer
+
+int32_t gossamer_has_team() { return gossamer::has_team(); }

@@ -335,7 +335,7 @@ void run_steps(const GossamerRun& all, float* const* buffers, int threads, std::
       } catch (const std::bad_alloc&) {
         failed.store(1);
       }
-    });
+    }, all.team != 0);
     if (all.seconds) all.seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   }
 }
@@ -356,6 +356,6 @@ int32_t gossamer_run(const GossamerRun* run) {
     } catch (const std::bad_alloc&) {
       failed.store(1);
     }
-  });
+  }, run->team != 0);
   return failed.load();
 }

@@ -86,7 +86,7 @@ struct Job {
 
   template <class F>
   void each_item(F work) {
-    share(int64_t(items.size()), items.size() > 4 ? threads : 1, [&](int64_t i, int) { work(items[size_t(i)]); });
+    share(int64_t(items.size()), items.size() > 4 ? threads : 1, [&](int64_t i, int) { work(items[size_t(i)]); }, true);
   }
 
   template <class F>
@@ -344,12 +344,12 @@ GOSSAMER_API void gossamer_drop(GossamerGroup* groups, int64_t n_groups, int32_t
     return;
   }
   std::sort(order.begin(), order.end());
-  if (apart) share(n_groups, threads, [&](int64_t i, int) { find(order[size_t(i)].second, 1); });
+  if (apart) share(n_groups, threads, [&](int64_t i, int) { find(order[size_t(i)].second, 1); }, true);
   else for (int64_t g = 0; g < n_groups; g++) find(g, threads);
   // All of them or none, where a score is no number: what is wrong is to be said before anything has changed.
   auto is_wrong = [&](const GossamerGroup& group) { return group.failed == 3 || (whole && group.failed); };
   if (std::any_of(groups, groups + n_groups, is_wrong))
     for (int64_t g = 0; g < n_groups; g++) groups[g].failed = std::max(groups[g].failed, 3);
-  if (apart) share(n_groups, threads, [&](int64_t i, int) { cut(order[size_t(i)].second); });
+  if (apart) share(n_groups, threads, [&](int64_t i, int) { cut(order[size_t(i)].second); }, true);
   else for (int64_t g = 0; g < n_groups; g++) cut(g);
 }

@@ -118,8 +118,13 @@ def test_what_a_trial_found_holds_for_every_size(monkeypatch: pytest.MonkeyPatch
     assert [row.runs for row in rows if row.op.startswith("conv2d")] == ["sparse"] * 2
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_last_small_layer_stays_where_going_back_to_pytorch_would_take_longer(threads: int) -> None:
+@pytest.mark.parametrize(("threads", "team"), [(1, 0), (2, 0), (2, 1)])
+def test_a_last_small_layer_stays_where_going_back_to_pytorch_would_take_longer(
+    threads: int, team: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native(), "gossamer_has_team", lambda: team)
+    is_alone = threads == 1 or team
+
     def head(sparsity: float) -> runtime.PlanRow:
         torch.manual_seed(0)
         net = nn.Sequential(
@@ -135,8 +140,8 @@ def test_a_last_small_layer_stays_where_going_back_to_pytorch_would_take_longer(
     torch.set_num_threads(threads)
     try:
         assert head(80).runs == "sparse"
-        assert head(50).runs == ("dense" if threads == 1 else "sparse")
-        assert ("PyTorch and back" in head(50).why) == (threads > 1)
+        assert head(50).runs == ("dense" if is_alone else "sparse")
+        assert ("PyTorch and back" in head(50).why) == (not is_alone)
         assert head(0).runs == "dense"
     finally:
         torch.set_num_threads(before)

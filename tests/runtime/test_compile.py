@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from real_networks import error, image, sparse_model
 from torch import Tensor, nn
+from twins import needs_library
 
 from gossamer import ArgumentError, GossamerWarning, Sparsifier, StateError, runtime, save
 from gossamer.runtime import CompiledModel
 from gossamer.runtime.layers import Layer
+from gossamer.runtime.segment import Segment
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.export's own
 
@@ -209,3 +212,16 @@ def test_layers_run_dense_where_little_is_zero() -> None:
     Sparsifier(net).sparsify_model({"0": 15, "1": 80, "2": 20})
     fast = runtime.compile(net, torch.randn(1, 16, 12, 12))
     assert [row.runs for row in fast.explain()] == ["dense", "sparse", "compiled"]
+
+
+@needs_library
+@pytest.mark.parametrize("between", [False, True])
+def test_between_operators_of_pytorchs_a_network_runs_on_its_threads(between: bool, tmp_path: Path) -> None:
+    middle = [nn.Softmax(-1)] if between else []
+    net = nn.Sequential(nn.Linear(256, 256), *middle, nn.Linear(256, 256)).eval()
+    Sparsifier(net, layer_type=nn.Linear).sparsify_model(90)
+    fast = runtime.compile(net, torch.randn(64, 256))
+    for network in (fast, runtime.load(fast.save(tmp_path / "net.gossamer"))):
+        segments = [m for m in network.modules() if isinstance(m, Segment)]
+        assert len(segments) == 1 + between
+        assert [s.team for s in segments] == [between] * len(segments)

@@ -50,7 +50,7 @@ def run(folder: Path, sanitizers: str, flags: list[str], sources: Iterable[tuple
     ]
     with ThreadPoolExecutor(2) as two:
         list(two.map(lambda job: subprocess.run(job, cwd=folder, check=True), jobs))
-    link = ["c++", f"-fsanitize={sanitizers}", *(job[-1] for job in jobs), "-o", "program", "-pthread"]
+    link = ["c++", f"-fsanitize={sanitizers}", *(job[-1] for job in jobs), "-o", "program", "-pthread", "-ldl"]
     linked = subprocess.run(link, cwd=folder, capture_output=True, text=True, check=False)
     if linked.returncode and "san" in linked.stderr:
         pytest.skip("the compiler has no such sanitizer")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -102,19 +105,24 @@ def test_programs_are_bounded_and_follow_the_number_of_threads() -> None:
     assert error(segment(x), segment.graph(x)) < 1e-5
 
 
-def test_the_number_of_threads_changes_no_number() -> None:
+@pytest.mark.parametrize("team", [False, True], ids=["own threads", "the team's"])
+@pytest.mark.parametrize("images", [1, 3, 9])
+def test_the_number_of_threads_changes_no_number(team: bool, images: int) -> None:
     segment = chain(conv(8, 16), conv(16, 16), Mean())
-    x = torch.randn(3, 8, 20, 20)
+    segment.team = team
+    x = torch.randn(images, 8, 20, 20)
     one = segment(x)
-    for n in (2, 3):
+    for n in (2, 3, 70):
         torch.set_num_threads(n)
         assert torch.allclose(segment(x), one, rtol=1e-5, atol=1e-6)
 
 
-def test_a_program_is_not_dropped_under_whoever_runs_it() -> None:
+@pytest.mark.parametrize("team", [False, True], ids=["own threads", "the team's"])
+def test_a_program_is_not_dropped_under_whoever_runs_it(team: bool) -> None:
     """More shapes than are kept, from several threads at once."""
     torch.set_num_threads(2)
     segment = chain(conv(4, 8), conv(8, 4))
+    segment.team = team
     inputs = [torch.randn(1 + i % 3, 4, 4 + i, 9) for i in range(40)]
     wants = [segment.graph(x) for x in inputs]
     wrong: list[int] = []
@@ -131,6 +139,49 @@ def test_a_program_is_not_dropped_under_whoever_runs_it() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """OpenMP's are not there any more, and whoever asks OpenMP for them waits for ever."""
+    code = """
+import os, torch
+from gossamer.native import native
+from gossamer.runtime.layers import Geometry, Layer
+from gossamer.runtime.segment import Segment
+torch.set_num_threads(2)
+weight = torch.randn(64, 64, 3, 3); weight[:, 8:] = 0
+segment, x = Segment.of(Layer(weight, None, Geometry()), team=True), torch.randn(1, 64, 32, 32)
+want = segment(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if segment(x).numpy().tobytes() == want.numpy().tobytes() and not native().gossamer_has_team() else 1)
+print(os.waitpid(child, 0)[1], torch.equal(segment(x), want))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "0 True\n", done.stderr
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or "backend: OpenMP" not in torch.__config__.parallel_info(), reason="no such threads"
+)
+def test_pytorchs_threads_are_found_where_it_has_them() -> None:
+    threads = "import os, torch; torch.set_num_threads(2); torch.ones(1 << 20).sum()"
+    run = """
+from gossamer.native import native
+from gossamer.runtime.layers import Geometry, Layer
+from gossamer.runtime.segment import Segment
+weight = torch.randn(64, 64, 3, 3); weight[:, 8:] = 0
+for team in (True, False):
+    segment = Segment.of(Layer(weight, None, Geometry()), team=team)
+    before = len(os.listdir("/proc/self/task"))
+    segment(torch.randn(1, 64, 32, 32))
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", threads + run], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["0", "1"], done.stderr
 
 
 def test_copies_make_programs_of_their_own() -> None:

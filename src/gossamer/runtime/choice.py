@@ -28,7 +28,7 @@ GAIN = 0.9
 """Of the dense time, what a sparse layer may be expected to take: the estimates are no better than that."""
 
 _BACK, _BACK_WITH_THREADS = 75_000.0, 500_000.0
-"""What it costs to go from the engine to PyTorch for a layer, and back: its threads, if any, spin on for a while."""
+"""What it costs to go from the engine to PyTorch for a layer, and back. Threads of its own spin on for a while."""
 
 _ROUNDS = 7
 _MARGIN = 0.9
@@ -85,7 +85,8 @@ def _stay(costs: Mapping[Layer, tuple[float, float] | None]) -> None:
     if len(dense) == len(costs) or fixed:
         return
     longer = sum(cost[0] - cost[1] for _, cost in dense if cost is not None)
-    if longer < (_BACK if torch.get_num_threads() == 1 else _BACK_WITH_THREADS):
+    is_alone = torch.get_num_threads() == 1 or native().gossamer_has_team()
+    if longer < (_BACK if is_alone else _BACK_WITH_THREADS):
         for layer, _ in dense:
             layer.is_sparse = True
 

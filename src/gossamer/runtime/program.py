@@ -94,13 +94,16 @@ class Program:
         inputs: of the placeholders.
         threads: how many share each step.
         isa: which of the machine's instruction sets, best first; -1 for what suits each step.
+        team: whether these are PyTorch's own, where they can be had.
 
     Raises:
         DoesNotFitError: some operator has no kernel for these shapes.
     """
 
-    def __init__(self, graph: GraphModule, inputs: Sequence[Signature], threads: int, isa: int = -1) -> None:
-        self.inputs, self.threads, self._isa = tuple(inputs), threads, isa
+    def __init__(
+        self, graph: GraphModule, inputs: Sequence[Signature], threads: int, isa: int = -1, team: bool = False
+    ) -> None:
+        self.inputs, self.threads, self.team, self._isa = tuple(inputs), threads, team, isa
         self._plans: list[Handle] = []
         steps, self.outputs = _lower(graph, inputs)
         self.names = [s.name for s in steps]
@@ -182,6 +185,7 @@ class _Call:
         self.run = Run(
             ctypes.addressof(steps), len(steps), self._buffers, self._strides, len(self._buffers), 1, 1, 0, None
         )
+        self.run.team = program.team
         self.reference = ctypes.byref(self.run)
         self._memory = torch.empty(0)
 

@@ -34,6 +34,8 @@ class Segment(nn.Module):
     Args:
         graph: each of its nodes one of `OPERATORS`.
         declines: whether PyTorch runs it where the inputs are of shapes for which its layers should be faster dense.
+        team: whether it runs between operators of PyTorch's, and so on the same threads where they can be had: those
+            wait for the next operator without leaving the processor to others.
 
     Example:
         >>> segment = Segment.of(Layer(torch.eye(3), None, None, "relu"))
@@ -41,9 +43,9 @@ class Segment(nn.Module):
         tensor([[0., 0., 2.]])
     """
 
-    def __init__(self, graph: GraphModule, *, declines: bool = False) -> None:
+    def __init__(self, graph: GraphModule, *, declines: bool = False, team: bool = False) -> None:
         super().__init__()
-        self.graph, self.declines = graph, declines
+        self.graph, self.declines, self.team = graph, declines, team
         self._tokens = _tokens(graph)
         self._order = _order(graph)
         self._isa = -1  # the best that there is
@@ -52,12 +54,12 @@ class Segment(nn.Module):
         self._direct: tuple[Any] | None = None
 
     @classmethod
-    def of(cls, operator: nn.Module, n_inputs: int = 1, *, declines: bool = False) -> Segment:
+    def of(cls, operator: nn.Module, n_inputs: int = 1, *, declines: bool = False, team: bool = False) -> Segment:
         """One operator by itself."""
         graph = Graph()
         inputs = tuple(graph.placeholder(f"x{i}") for i in range(n_inputs))
         graph.output(graph.call_module("operator", inputs))
-        return cls(GraphModule({"operator": operator}, graph), declines=declines)
+        return cls(GraphModule({"operator": operator}, graph), declines=declines, team=team)
 
     def operators(self) -> list[tuple[str, nn.Module]]:
         """Name and operator, in order."""
@@ -111,7 +113,7 @@ class Segment(nn.Module):
             try:
                 values = [signature_of(x, tokens) for x, tokens in zip(inputs, self._tokens, strict=True)]
                 is_slower = self.declines and self._is_slower(values)
-                stages = None if is_slower else make_stages(self.graph, values, threads, self._isa)
+                stages = None if is_slower else make_stages(self.graph, values, threads, self._isa, self.team)
             except DoesNotFitError:
                 stages = None
             self._kept[key] = stages
@@ -169,9 +171,13 @@ def gather(graph: GraphModule) -> None:
         if any(isinstance(m, Layer) and m.is_sparse for m in (_module(graph, n) for n in p.nodes))
     ]
     partitioner.fuse_partitions(partitions, prefix="gossamer_segment_")
-    for name, module in list(graph.named_children()):
-        if name.startswith("gossamer_segment_") and isinstance(module, GraphModule):
-            setattr(graph, name, Segment(module, declines=True))
+    segments = [name for name, _ in graph.named_children() if name.startswith("gossamer_segment_")]
+    own = {*segments, "_guards_fn"}  # the latter is torch.export's look at the inputs
+    team = any(n.op.startswith("call") and str(n.target) not in own for n in graph.graph.nodes)
+    for name in segments:
+        module = graph.get_submodule(name)
+        assert isinstance(module, GraphModule)
+        setattr(graph, name, Segment(module, declines=True, team=team))
     graph.delete_all_unused_submodules()
     graph.recompile()
 

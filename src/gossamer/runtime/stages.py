@@ -75,7 +75,9 @@ def run_stages(
     return given
 
 
-def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int, isa: int = -1) -> list[Stage]:
+def make_stages(
+    graph: GraphModule, inputs: Sequence[Signature], threads: int, isa: int = -1, team: bool = False
+) -> list[Stage]:
     """The way that is expected to take least.
 
     Args:
@@ -83,6 +85,7 @@ def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int, i
         inputs: of its placeholders.
         threads: that there are.
         isa: the instruction set's number; -1 for what suits each step.
+        team: whether the threads are PyTorch's own, where they can be had.
 
     Raises:
         DoesNotFitError: some operator has no kernel for these shapes.
@@ -90,7 +93,7 @@ def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int, i
     n = inputs[0].shape[0]
     together = all(len(x.shape) > 1 and x.shape[0] == n for x in inputs)
     if n == 1 or not together:
-        return [_stage(graph, inputs, n, threads, isa)]
+        return [_stage(graph, inputs, n, threads, isa, team)]
     sizes = sorted({n, *(s for s in (1, 2, 4, 8, 16, 32, 64) if s < n)})
     costs = {size: _costs(graph, inputs, size, threads, isa) for size in sizes}
     names = list(costs[n])
@@ -114,12 +117,12 @@ def make_stages(graph: GraphModule, inputs: Sequence[Signature], threads: int, i
         default=None,
     )
     if found is None or found[0] >= whole[0]:
-        return [_stage(graph, inputs, -whole[1], threads, isa)]
+        return [_stage(graph, inputs, -whole[1], threads, isa, team)]
     _, at, node = found
     first, second = _split(graph, node)
-    one = _stage(first, inputs, -best(0, at)[1], threads, isa)
+    one = _stage(first, inputs, -best(0, at)[1], threads, isa, team)
     between = [replace(o, shape=(n, *o.shape[1:])) for o in one.program.outputs]
-    return [one, _stage(second, between, -best(at, len(names))[1], threads, isa)]
+    return [one, _stage(second, between, -best(at, len(names))[1], threads, isa, team)]
 
 
 _CUT = 2000.0
@@ -131,12 +134,14 @@ def _costs(graph: GraphModule, inputs: Sequence[Signature], size: int, threads: 
     return estimate(graph, [_of(x, size) for x in inputs], threads, -(-n // size), isa)
 
 
-def _stage(graph: GraphModule, inputs: Sequence[Signature], size: int, threads: int, isa: int) -> Stage:
+def _stage(
+    graph: GraphModule, inputs: Sequence[Signature], size: int, threads: int, isa: int, team: bool = False
+) -> Stage:
     n = inputs[0].shape[0]
     shared = threads if size >= n else 1
-    rest = Program(graph, [_of(x, n % size) for x in inputs], threads, isa) if n % size else None
+    rest = Program(graph, [_of(x, n % size) for x in inputs], threads, isa, team) if n % size else None
     some = [_of(x, size) for x in inputs] if size < n else inputs
-    return Stage(Program(graph, some, shared, isa), n // size, rest, threads)
+    return Stage(Program(graph, some, shared, isa, team), n // size, rest, threads)
 
 
 def _of(value: Signature, size: int) -> Signature:

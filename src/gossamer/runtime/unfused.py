@@ -80,4 +80,4 @@ def _layer_of(module: nn.Module) -> nn.Module | None:
         layer = Layer(module.weight, module.bias, geometry)
     else:
         return None
-    return Segment.of(layer, declines=True) if runs_sparse(layer) else None
+    return Segment.of(layer, declines=True, team=True) if runs_sparse(layer) else None
