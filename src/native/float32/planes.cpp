@@ -191,7 +191,7 @@ void (*const plane_in_place)(const PlaneInPlace&) = nullptr;
 #endif
 
 // As torch has it: nan is larger than anything.
-INLINE V larger(V a, V b) { return pick((a > b) | (a != a), a, b); }
+INLINE V larger_or_nan(V a, V b) { return pick(a != a, a, larger(a, b)); }
 
 INLINE float largest(const Pool& p, int32_t i) {
   int32_t left = i * p.stride_x - p.pad_x, right = left + p.kernel_x;
@@ -212,7 +212,7 @@ void max_pool(const Pool& p) {
     int32_t x = 0;
     for (; x + L <= p.width; x += L) {
       V v = load(in + x);
-      for (int32_t k = 1; k < bottom - top; k++) v = larger(load(in + int64_t(k) * p.width + x), v);
+      for (int32_t k = 1; k < bottom - top; k++) v = larger_or_nan(load(in + int64_t(k) * p.width + x), v);
       store(p.row + x, v);
     }
     for (; x < p.width; x++) {
@@ -233,7 +233,7 @@ void max_pool(const Pool& p) {
       for (; i + L <= inside; i += L) {
         const float* row = p.row + i * p.stride_x - p.pad_x;
         V v = p.stride_x == 1 ? load(row) : every_second(row);
-        for (int32_t k = 1; k < p.kernel_x; k++) v = larger(p.stride_x == 1 ? load(row + k) : every_second(row + k), v);
+        for (int32_t k = 1; k < p.kernel_x; k++) v = larger_or_nan(p.stride_x == 1 ? load(row + k) : every_second(row + k), v);
         store(out + i, v);
       }
     }
