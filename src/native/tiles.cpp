@@ -17,7 +17,7 @@ struct Costs {
   double weight(int32_t t) const { return std::max(waiting(t), t * multiply + 2.0); }
   // The same where what it meets comes from the second-level cache, or beyond.
   double far_weight(int32_t t, double bytes) const {
-    return std::max(waiting(t), (bytes < 0.8 * double(machine().l2) ? 1.9 : 2.8) * t * multiply + 2.0);
+    return std::max(waiting(t), (bytes < 0.7 * double(machine().l2) ? 1.9 : 2.8) * t * multiply + 2.0);
   }
   // Where sums do not wait, weights do: those of a whole network pass through the second-level cache, once for each tile.
   static double waiting(int32_t t) { return ways_of(t) > 1 ? 3.5 : 4.5; }

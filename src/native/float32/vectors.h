@@ -30,7 +30,7 @@ INLINE V pick(I mask, V yes, V no) { return mask ? yes : no; }
 // not see in a comparison and a choice.
 INLINE V larger(V a, V b) {
 #if GOSSAMER_LANES == 16
-  return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // gcc 12 takes the plain one for uninitialized
 #elif GOSSAMER_LANES == 8
   return (V)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__SSE2__)
@@ -41,7 +41,7 @@ INLINE V larger(V a, V b) {
 }
 INLINE V smaller(V a, V b) {
 #if GOSSAMER_LANES == 16
-  return (V)_mm512_min_ps((__m512)a, (__m512)b);
+  return (V)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
 #elif GOSSAMER_LANES == 8
   return (V)_mm256_min_ps((__m256)a, (__m256)b);
 #elif defined(__SSE2__)
