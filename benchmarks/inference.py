@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from common import header, quartiles, table
+from common import header, median_ratio, quartiles, table
 from gossamer import Sparsifier
 from gossamer.bench import ENGINES, INT8, compare
 
@@ -76,12 +76,21 @@ def example(name: str, batch: int) -> Tensor:
     return torch.randn(batch, 768) if name == "bert_ffn" else torch.randn(batch, 3, 224, 224)
 
 
-def measure(name: str, batch: int, sparsity: float, threads: int, given: argparse.Namespace) -> tuple[list[str], str]:
-    """A row of the table; and the engines that did not run, with the reason."""
+Times = dict[str, list[float]]
+
+
+def measure(name: str, batch: int, sparsity: float, threads: int, given: argparse.Namespace) -> tuple[Times, str]:
+    """Seconds of each engine, round by round; and the engines that did not run, with the reason."""
     x, model = example(name, batch), make(name, sparsity, given.dense_ends)
     engines = [e for e in ENGINES if (given.inductor or e != "inductor") and (given.int8 or e not in INT8)]
     found = compare(model, x, engines=engines, threads=threads, rounds=given.rounds)
-    times = {row.engine: row.seconds for row in found.rows if row.seconds}
+    missing = "; ".join(f"{r.engine}: {r.note}" for r in found.rows if r.note)
+    return {row.engine: list(row.seconds) for row in found.rows if row.seconds}, missing
+
+
+def row_of(name: str, batch: int, sparsity: float, threads: int, times: Times, given: argparse.Namespace) -> list[str]:
+    """A row of the table, of the rounds of all passes; without engines that failed in one."""
+    times = {e: seconds for e, seconds in times.items() if len(seconds) == len(times["gossamer"])}
     best = [min(turn) for turn in zip(*(times[e] for e in RIVALS if e in times), strict=True)] or times["eager"]
     ratios = [b / t for b, t in zip(best, times["gossamer"], strict=True)]
     low, high = quartiles(ratios)
@@ -89,10 +98,9 @@ def measure(name: str, batch: int, sparsity: float, threads: int, given: argpars
     goal = dict(zip((80, 90, 95), goals, strict=True)).get(int(sparsity)) if goals else None
     ratio = statistics.median(ratios)
     verdict = "" if goal is None else f"{goal:.1f} {'met' if ratio >= goal else 'missed'}"
-    others = [f"{found[e].ratio:.2f}" if e in times else "-" for e in columns(given)]
-    row = [f"{name} b{batch}", f"{sparsity:g} %", str(threads), f"{found['gossamer'].ms:.2f}", *others]
-    missing = "; ".join(f"{r.engine}: {r.note}" for r in found.rows if r.note)
-    return [*row, f"{ratio:.2f}", f"{low:.2f}..{high:.2f}", verdict], missing
+    others = [f"{median_ratio(times[e], times['gossamer']):.2f}" if e in times else "-" for e in columns(given)]
+    row = [f"{name} b{batch}", f"{sparsity:g} %", str(threads), f"{1000 * statistics.median(times['gossamer']):.2f}"]
+    return [*row, *others, f"{ratio:.2f}", f"{low:.2f}..{high:.2f}", verdict]
 
 
 def columns(given: argparse.Namespace) -> list[str]:
@@ -106,7 +114,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=networks, metavar="NAME:BATCH", help="torchvision's too")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[80, 90, 95])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=4, help="in each pass (%(default)s)")
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=3,
+        help="over all rows, so that a bad while of the machine's is in each (%(default)s)",
+    )
     parser.add_argument("--dense-ends", action="store_true", help="leave the first and the last layer dense")
     parser.add_argument("--inductor", action="store_true", help="torch.compile too, which takes minutes to compile")
     parser.add_argument("--int8", action="store_true", help="ONNX Runtime and OpenVINO rounded to 8 bits too")
@@ -114,18 +128,24 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     header("Inference", "torchvision", "onnxruntime", "openvino", *(["nncf"] if given.int8 else []), peer=False)
     print("Times are those of the engine over Gossamer's; above 1 Gossamer is faster.\n")
-    rows: list[list[str]] = []
+    cases = [
+        (text.partition(":")[0], int(text.partition(":")[2] or 1), sparsity, threads)
+        for text in given.models
+        for threads in given.threads
+        for sparsity in given.sparsity
+    ]
+    all_times: list[Times] = [{} for _ in cases]
     said = ""
-    for text in given.models:
-        name, _, batch = text.partition(":")
-        for threads in given.threads:
-            for sparsity in given.sparsity:
-                row, missing = measure(name, int(batch or 1), sparsity, threads, given)
-                rows.append(row)
-                print(" ".join(row), flush=True)
-                if missing != said:
-                    print(f"  ({missing})" if missing else "  (all engines ran)", flush=True)
-                said = missing
+    for _ in range(given.passes):
+        for case, times in zip(cases, all_times, strict=True):
+            now, missing = measure(*case, given)
+            for engine, seconds in now.items():
+                times.setdefault(engine, []).extend(seconds)
+            print(" ".join(row_of(*case, now, given)), flush=True)
+            if missing != said:
+                print(f"  ({missing})" if missing else "  (all engines ran)", flush=True)
+            said = missing
+    rows = [row_of(*case, times, given) for case, times in zip(cases, all_times, strict=True)]
     names = ("network", "zeros", "threads", "ms", *columns(given))
     print("\n" + table((*names, "best dense", "quartiles", "to reach"), rows))
 
