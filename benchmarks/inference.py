@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--inductor", action="store_true", help="torch.compile too, which takes minutes to compile")
     parser.add_argument("--int8", action="store_true", help="ONNX Runtime and OpenVINO rounded to 8 bits too")
     given = parser.parse_args()
+    if given.passes < 1:
+        parser.error(f"--passes {given.passes}: at least 1")
     warnings.filterwarnings("ignore")
     header("Inference", "torchvision", "onnxruntime", "openvino", *(["nncf"] if given.int8 else []), peer=False)
     print("Times are those of the engine over Gossamer's; above 1 Gossamer is faster.\n")
@@ -139,6 +141,8 @@ def main() -> None:
     for _ in range(given.passes):
         for case, times in zip(cases, all_times, strict=True):
             now, missing = measure(*case, given)
+            if "gossamer" not in now:
+                raise SystemExit(f"{case}: Gossamer itself did not run: {missing}")
             for engine, seconds in now.items():
                 times.setdefault(engine, []).extend(seconds)
             print(" ".join(row_of(*case, now, given)), flush=True)

@@ -354,6 +354,40 @@ def test_weights_that_no_criterion_can_rank_are_named_before_any_mask_moves(stri
     assert all(bool(mask.all()) for mask in sparsifier.masks.values())
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["under the mask", "kept"])
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+@pytest.mark.parametrize("context", ["local", "global"])
+def test_where_weights_are_refused_nothing_is_masked_again_either(context, granularity, masked):
+    """As after loading a dense checkpoint in which something is wrong."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    sparsifier = Sparsifier(net, granularity, context, layer_type=nn.Linear)
+    sparsifier.sparsify_model(30)
+    masks = {name: mask.clone() for name, mask in sparsifier.masks.items()}
+    with torch.no_grad():
+        for layer in net:
+            layer.weight.normal_()
+        at = (masks["1"] != masked).nonzero()[0]
+        net[1].weight[tuple(at)] = math.nan
+    before = [layer.weight.detach().clone() for layer in net]
+    with pytest.raises(TargetError, match="layer '1' has nan or infinite weights"):
+        sparsifier.sparsify_model(70)
+    assert all(torch.equal(a.weight.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(net, before, strict=True))
+    assert all(torch.equal(sparsifier.masks[name], mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("context", ["local", "global"])
+@pytest.mark.parametrize("change", [lambda w: w.t().contiguous(), lambda w: w.reshape(-1)], ids=["turned", "flat"])
+def test_a_weight_of_another_shape_than_its_mask_is_refused(change, context):
+    net = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
+    sparsifier = Sparsifier(net, context=context, layer_type=nn.Linear)
+    net[0].weight.data = change(net[0].weight.data)
+    before = net[1].weight.detach().clone()
+    with pytest.raises(TargetError, match="layer '0' has a weight of shape"):
+        sparsifier.sparsify_model(70)
+    assert torch.equal(net[1].weight, before)
+    assert bool(net[0].weight.all())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

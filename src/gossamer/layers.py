@@ -303,21 +303,21 @@ class Layers(Mapping[str, Layer]):
         """Makes sure that scores can be compared.
 
         Args:
-            without: layers whose weights are not looked at.
+            without: layers of which only the shape is looked at.
 
         Raises:
             TargetError: a weight is nan or infinite, or of another shape than its mask.
             ArgumentError: the criterion gives something else than scores.
         """
         for target in self.targets:
-            if target.name in without:
-                continue
             weight, mask = target.weight.detach(), self.masks[target.name]
             if weight.shape != mask.shape:
                 raise TargetError(
                     f"layer {target.name!r} has a weight of shape {tuple(weight.shape)} now, and its mask is of "
                     f"{tuple(mask.shape)}; make a new Sparsifier after changing layers"
                 )
+            if target.name in without:
+                continue
             # A sum is finite only where all its terms are, and takes a fraction of the time that looking at each takes.
             total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
             if not bool(torch.isfinite(total)) and not bool(torch.isfinite(weight).all()):

@@ -60,13 +60,22 @@ class Mover:
             TargetError: asked to check, and a weight is nan or infinite, or of another shape than its mask.
         """
         self.layers.evidence.drop()
+        is_seen = self._is_seen(fixed)
+        if check and not is_seen:
+            self.layers.check_weights()
         try:
-            self._move(fractions, round_to, state_of, fixed, check)
+            self._move(fractions, round_to, state_of, fixed, check and is_seen)
         except BaseException:  # Ctrl-C may strike between a mask and its count, or its weights
             self._recover(state_of)
             raise
         finally:
             self.layers.evidence.drop()
+
+    def _is_seen(self, fixed: Collection[str]) -> bool:
+        """Whether what ranks weights looks at all of them, and can say what it saw before it has changed any."""
+        is_dense = all(layer.masked == 0 for layer in self.layers.values())  # else it would zero what is masked first
+        at_once = not (self.context.is_pooled and fixed)
+        return is_dense and at_once and self.layers.come_from_weights
 
     def _recover(self, state_of: StateOf) -> None:
         self.forget()
@@ -87,11 +96,6 @@ class Mover:
     ) -> None:
         pooled = [n for n in self.layers if n not in fixed] if self.context.is_pooled else []
         alone = [n for n in self.layers if n not in pooled]
-        # What ranks weights all at once looks at each of them, and can say so before it changes any.
-        is_seen = self.layers.come_from_weights and not (pooled and alone)
-        if check and not is_seen:
-            self.layers.check_weights()
-        check = check and is_seen
         if self.layers.evidence.takes_data:  # what runs through the network runs through masked weights
             for layer in self.layers.values():
                 self.layers.apply(layer, state_of)
