@@ -60,11 +60,11 @@ class Mover:
             TargetError: asked to check, and a weight is nan or infinite, or of another shape than its mask.
         """
         self.layers.evidence.drop()
-        is_seen = self._is_seen(fixed)
+        is_seen = check and self._is_seen(fixed)
         if check and not is_seen:
             self.layers.check_weights()
         try:
-            self._move(fractions, round_to, state_of, fixed, check and is_seen)
+            self._move(fractions, round_to, state_of, fixed, is_seen)
         except BaseException:  # Ctrl-C may strike between a mask and its count, or its weights
             self._recover(state_of)
             raise
